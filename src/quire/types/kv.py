@@ -1,0 +1,24 @@
+"""KV groups: layers that share a cache shape and a rule. Owns the description only; blocks and tensors are elsewhere."""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class KVGroup(msgspec.Struct, frozen=True):
+    """Layers that share one block table.
+
+    `kind`: "full" (every token stays), "sliding" (only the last `window` tokens are read again), "state" (one page
+    holds the state after the last computed token; pages at block ends are snapshots), "latent" (like full, another page
+    layout). All pages of an engine have one byte size, so block ids of different groups come from one pool.
+    """
+
+    kind: str
+    layers: tuple[int, ...]
+    window: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("full", "sliding", "state", "latent"):
+            raise ValueError(f"unknown KV group kind {self.kind!r}")
+        if (self.kind == "sliding") != (self.window is not None):
+            raise ValueError("a sliding group needs a window, and only a sliding group has one")
