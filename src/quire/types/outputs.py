@@ -1,0 +1,94 @@
+"""What the user sees of a request. Owns: the names of vLLM's output fields; computes nothing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+
+@dataclass(slots=True)
+class Logprob:
+    """Natural log probability of one token; `rank` is 1 for the most likely token of its position."""
+
+    logprob: float
+    rank: int | None = None
+    decoded_token: str | None = None
+
+
+SampleLogprobs: TypeAlias = list[dict[int, Logprob]]
+PromptLogprobs: TypeAlias = list[dict[int, Logprob] | None]
+
+
+@dataclass(slots=True)
+class CompletionOutput:
+    """One sequence of a request.
+
+    `finish_reason` is "stop", "length" or "abort", None while it runs; `stop_reason` is the stop string or the
+    stop token id that ended it, None for the model's own end token.
+    """
+
+    index: int
+    text: str
+    token_ids: list[int]
+    cumulative_logprob: float | None = None
+    logprobs: SampleLogprobs | None = None
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+    lora_request: Any = None
+
+    def finished(self) -> bool:
+        return self.finish_reason is not None
+
+
+@dataclass(slots=True)
+class RequestMetrics:
+    """Times in seconds of the output side's clock (`arrival_time` when the request was made)."""
+
+    arrival_time: float
+    first_token_time: float | None = None
+    last_token_time: float | None = None
+    finished_time: float | None = None
+    num_generation_tokens: int = 0
+
+    @property
+    def first_token_latency(self) -> float | None:
+        return None if self.first_token_time is None else self.first_token_time - self.arrival_time
+
+
+@dataclass(slots=True)
+class RequestOutput:
+    """The state of a request, `outputs` in the order of their indices.
+
+    `prompt_logprobs` has one entry for each prompt token, the first None. `num_cached_tokens` is how much of the prompt
+    came from the prefix cache.
+    """
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    prompt_logprobs: PromptLogprobs | None = None
+    outputs: list[CompletionOutput] = field(default_factory=list[CompletionOutput])
+    finished: bool = False
+    metrics: RequestMetrics | None = None
+    lora_request: Any = None
+    num_cached_tokens: int | None = None
+
+
+@dataclass(slots=True)
+class BeamSearchSequence:
+    """One beam: `tokens` begins with the prompt; `cum_logprob` is the sum over the generated tokens."""
+
+    tokens: list[int]
+    cum_logprob: float = 0.0
+    text: str | None = None
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+    logprobs: SampleLogprobs = field(default_factory=list[dict[int, Logprob]])
+    lora_request: Any = None
+
+
+@dataclass(slots=True)
+class BeamSearchOutput:
+    """The beams of one prompt, best first."""
+
+    sequences: list[BeamSearchSequence]
