@@ -42,8 +42,8 @@ class NewRow(msgspec.Struct, frozen=True):
     """A sequence that enters (or enters again, after preemption) the device's request table.
 
     `prompt_length` is the number of prompt tokens. `tokens` holds every token known so far, prompt first, but only
-    where sampling needs the history (`params.needs_history`); else it is empty. `position_offset` is added to the
-    token index to give the position.
+    where sampling needs the history (`params.needs_history`); else it is empty. `eos_token_ids` are masked until
+    `params.min_tokens` are there. `position_offset` is added to the token index to give the position.
     """
 
     row: int
@@ -53,6 +53,7 @@ class NewRow(msgspec.Struct, frozen=True):
     prompt_length: int
     length: int
     tokens: Ints
+    eos_token_ids: tuple[int, ...] = ()
     position_offset: int = 0
 
 

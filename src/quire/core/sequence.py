@@ -1,0 +1,83 @@
+"""Jobs and sequences: what the core remembers of a request. Numbers that every step touches live in `core.rows`."""
+
+from __future__ import annotations
+
+import enum
+from typing import TYPE_CHECKING
+
+from quire.core.hashing import root_hash
+from quire.types.plan import PromptLogprobs, TokenLogprobs
+from quire.types.request import Request
+
+if TYPE_CHECKING:
+    from quire.core.decoding import Decoding
+
+
+class Status(enum.IntEnum):
+    WAITING = 0  # in the queue; no row, no device blocks (perhaps host blocks)
+    RUNNING = 1  # has a row
+    PARKED = 2  # a preempted beam whose candidates are in and whose siblings' are not
+    FINISHED = 3
+
+
+class Sequence:
+    """One line of tokens: the prompt, then what was sampled and is known to the host.
+
+    `tables[g][j]` is the page of group g for block j, -1 where there is none (behind a window, not yet computed).
+    `hashes` name the full blocks; the first `published` of them are in the prefix cache. `host` holds
+    (group, block index, host page) of a swapped sequence, and `swapped` how many of its tokens they cover.
+    """
+
+    __slots__ = (
+        "candidates", "cumulative_logprob", "first_page", "hashes", "host", "index", "job", "logprobs", "published",
+        "row", "sent", "status", "swapped", "tables", "tokens",
+    )  # fmt: skip
+
+    def __init__(self, job: Job, index: int, tokens: list[int], num_groups: int) -> None:
+        self.job = job
+        self.index = index
+        self.tokens = tokens
+        self.row = -1
+        self.status = Status.WAITING
+        self.tables: list[list[int]] = [[] for _ in range(num_groups)]
+        self.first_page = [0] * num_groups
+        self.hashes: list[bytes] = []
+        self.published = 0
+        self.host: list[tuple[int, int, int]] | None = None
+        self.swapped = 0
+        self.sent = len(tokens)
+        self.logprobs: list[TokenLogprobs] | None = None
+        self.candidates: TokenLogprobs | None = None
+        self.cumulative_logprob = 0.0
+
+    @property
+    def key(self) -> tuple[int, int, int]:
+        """Its place in every queue: smaller goes first."""
+        return (self.job.request.priority if self.job.by_priority else 0, self.job.arrival, self.index)
+
+    @property
+    def num_outputs(self) -> int:
+        return len(self.tokens) - self.job.prompt_length
+
+
+class Job:
+    """The life of a request in the core: its sequences and how they fork and end."""
+
+    __slots__ = (
+        "arrival", "by_priority", "cached_tokens", "decoding", "limit", "live", "prompt_length", "prompt_logprobs",
+        "prompt_logprobs_end", "request", "root", "started",
+    )  # fmt: skip
+
+    def __init__(self, request: Request, decoding: Decoding, arrival: int, limit: int, by_priority: bool) -> None:
+        self.request = request
+        self.decoding = decoding
+        self.arrival = arrival
+        self.limit = limit
+        self.by_priority = by_priority
+        self.prompt_length = len(request.prompt_token_ids)
+        self.root = root_hash(request)
+        self.live: dict[int, Sequence] = {}
+        self.started = False
+        self.cached_tokens = 0
+        self.prompt_logprobs: list[PromptLogprobs] = []
+        self.prompt_logprobs_end = 1
