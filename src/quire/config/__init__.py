@@ -1,0 +1,1 @@
+"""Configuration: defined once (`args`), resolved once (`resolve`), never written (`schema`)."""

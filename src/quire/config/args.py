@@ -1,0 +1,250 @@
+"""The arguments that a user gives: `EngineArgs`, under vLLM's names.
+
+Owns: each argument's name, type, default, help text, choices and bounds, once; `LLM(**kwargs)`, the command line's
+flags, `--help` and docs/configuration.md derive from it. Knows nothing of the machine or of the model: what is checked
+here can be checked without looking at either (`config/resolve.py` does the rest).
+
+An argument either works, or is accepted because leaving it without effect harms nobody (`harmless` says why), or has
+`later`: it belongs to something that quire cannot do yet, and any value but the default is refused with that reason.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from functools import cache
+from typing import Any, cast, get_type_hints
+
+import msgspec
+
+from quire.config.foreign import FOREIGN
+from quire.types.errors import ClientError
+
+GROUPS = ("Model", "Loading", "KV cache", "Scheduler", "Parallel", "Device", "Observability", "Not yet in quire")
+
+
+@dataclass(frozen=True, slots=True)
+class Spec:
+    """What an argument's field carries beside its type and default. `low`, `high`: inclusive bounds of numbers.
+    `human`: integers may be written "8k" (8,000) or "1M"; capital K, M, G, T mean powers of 1,024, as in vLLM."""
+
+    help: str
+    group: str
+    choices: tuple[str, ...] | None = None
+    low: float | None = None
+    high: float | None = None
+    human: bool = False
+    flag: bool = True
+    harmless: str | None = None
+    later: str | None = None
+
+
+def arg(default: Any, help: str, group: str, **spec: Any) -> Any:
+    """A field of an arguments class."""
+    metadata = {"spec": Spec(help=help, group=group, **spec)}
+    if isinstance(default, dict):
+        return field(default_factory=lambda: dict(cast(Mapping[str, Any], default)), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def later(default: Any, what: str) -> Any:
+    """An argument of something that quire cannot do yet."""
+    return arg(default, f"Refused for now: {what}.", "Not yet in quire", later=what)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Checked:
+    """Names, types, choices and bounds are checked when the arguments are made."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        # Before the generated __init__ could raise its TypeError, so that a wrong name gets a helpful answer.
+        known = specs(cls)
+        for name, value in kwargs.items():
+            if name not in known:
+                raise unknown_argument(name, known, value)
+        return super().__new__(cls)
+
+    def __post_init__(self) -> None:
+        for name, (hint, spec, default) in specs(type(self)).items():
+            given = getattr(self, name)
+            # None means "the default" everywhere, as it does in vLLM's signatures.
+            value = default if given is None else _normal(name, given, hint, spec)
+            if spec.later is not None and value != default:
+                raise ClientError(f"{name}={value!r} is not supported: {spec.later}", name, value)
+            object.__setattr__(self, name, value)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineArgs(_Checked):
+    """Everything that `LLM(...)`, `AsyncLLM` and the command line take to make an engine. Frozen; checked when made.
+
+    Errors: `ClientError` for a name that does not exist (naming the nearest), a value of the wrong type, out of
+    bounds or not among the choices, and for what quire cannot do yet.
+    """
+
+    # fmt: off
+    model: str = arg("demo", "A folder in Hugging Face's checkpoint layout, a Hub id, or `demo`: the bundled model. A config.json serves with load_format=dummy.", "Model")
+    tokenizer: str | None = arg(None, "Folder or Hub id of the tokenizer; the model's own by default.", "Model")
+    tokenizer_mode: str = arg("auto", "`auto` reads tokenizer.json where there is one, else goes through Transformers; `hf` always goes through Transformers; `slow` takes its Python tokenizers.", "Model", choices=("auto", "hf", "slow"))
+    tokenizer_revision: str | None = arg(None, "Branch, tag or commit of a tokenizer on the Hub.", "Model")
+    skip_tokenizer_init: bool = arg(False, "Run without a tokenizer: token ids in, token ids out.", "Model")
+    trust_remote_code: bool = arg(False, "Allow Python code that comes with a checkpoint's tokenizer to run.", "Model")
+    revision: str | None = arg(None, "Branch, tag or commit of the model on the Hub.", "Model")
+    hf_token: str | bool | None = arg(None, "Token for private or gated models on the Hub; HF_TOKEN and the stored login are used by default.", "Model")
+    hf_overrides: dict[str, Any] | Callable[..., Any] = arg({}, "Entries that replace those of config.json (nested objects are merged), or in Python a function from the config dict to a new one.", "Model")
+    dtype: str = arg("auto", "Number type of weights and activations. `auto` is the checkpoint's own where the device computes in it well.", "Model", choices=("auto", "float32", "float", "bfloat16", "float16", "half"))
+    seed: int | None = arg(0, "Seed from which requests without a seed of their own draw theirs, in the order of submission; none in Python draws a new one at each start.", "Model")
+    max_model_len: int | str | None = arg(None, "Longest sequence, prompt and output together, in tokens; -1 or `auto` is what the checkpoint allows. May be written 8k or 1M.", "Model", human=True)
+    chat_template: str | None = arg(None, "Chat template (Jinja text, or a file) that replaces the tokenizer's.", "Model")
+    generation_config: str = arg("auto", "Where sampling defaults come from: `auto` (the checkpoint's generation_config.json), a folder, or `quire` (none).", "Model")
+    override_generation_config: dict[str, Any] = arg({}, "Sampling defaults that replace those of generation_config.", "Model")
+    max_logprobs: int = arg(20, "Most logprobs per position that a request may ask for; -1 is the whole vocabulary.", "Model", low=-1)
+    logprobs_mode: str = arg("raw_logprobs", "What logprobs hold: of the model's own logits, or after the processors; logprobs or the logits themselves.", "Model", choices=("raw_logprobs", "raw_logits", "processed_logprobs", "processed_logits"))
+    logits_processors: list[Any] | None = arg(None, "Logits processors of the whole engine: classes, or names `module:Class`.", "Model")
+    served_model_name: str | list[str] | None = arg(None, "Name or names under which the model is known to clients.", "Model")
+    model_impl: str = arg("auto", "Whose code runs the model: quire's own (`quire`, or `vllm` as an alias); `auto` takes it as well.", "Model", choices=("auto", "quire", "vllm", "transformers"))
+    runner: str = arg("auto", "What the model is for: generation.", "Model", choices=("auto", "generate"))
+    enforce_eager: bool = arg(False, "Never use CUDA graphs.", "Model")
+
+    load_format: str = arg("auto", "`auto` takes safetensors, else .bin files; `dummy` fills the model with random numbers, for benchmarks.", "Loading", choices=("auto", "safetensors", "pt", "dummy"))
+    download_dir: str | None = arg(None, "Folder of the Hub's cache.", "Loading")
+
+    block_size: int | None = arg(None, "Tokens in a KV cache block; 16 by default.", "KV cache", low=1, high=4096)
+    enable_prefix_caching: bool | None = arg(None, "Reuse the cached blocks of a prefix that requests share; on by default.", "KV cache")
+    gpu_memory_utilization: float = arg(0.92, "Share of a device's memory that the engine may take, above 0 up to 1.", "KV cache", low=0.0, high=1.0)
+    num_gpu_blocks_override: int | None = arg(None, "Number of KV cache blocks, instead of what fits.", "KV cache", low=1)
+    kv_cache_memory_bytes: int | str | None = arg(None, "Bytes of the KV cache on each device, instead of what gpu_memory_utilization leaves. May be written 4G.", "KV cache", human=True, low=1)
+    swap_space: float = arg(0.0, "GiB of host memory for each device, for the blocks of preempted sequences and of the evicted prefix cache.", "KV cache", low=0.0)
+    kv_cache_dtype: str = arg("auto", "Number type of the KV cache; `auto` is the model's.", "KV cache", choices=("auto", "float32", "bfloat16", "float16"))
+    disable_sliding_window: bool = arg(False, "Ignore the model's sliding window and cap the length at it instead.", "KV cache")
+
+    max_num_seqs: int | None = arg(None, "Most sequences in a step. The default depends on the device and the usage.", "Scheduler", low=1)
+    max_num_batched_tokens: int | str | None = arg(None, "Most tokens in a step. The default depends on the device and the usage. May be written 8k.", "Scheduler", human=True, low=1)
+    enable_chunked_prefill: bool | None = arg(None, "Let a prompt be computed in pieces that fit beside the decoding sequences; on by default.", "Scheduler")
+    scheduling_policy: str = arg("fcfs", "`fcfs`: first come, first served; `priority`: the lower a request's priority value, the earlier.", "Scheduler", choices=("fcfs", "priority"))
+    async_scheduling: bool | None = arg(None, "Plan the next step while the device runs this one; on by default on a GPU.", "Scheduler")
+    depth: int | None = arg(None, "Steps in flight, instead of what async_scheduling says.", "Scheduler", low=1, high=64)
+    lead: int | None = arg(None, "Sampled tokens of a sequence (0 or 1) that may be unknown to the host when it is planned again.", "Scheduler", low=0, high=1)
+
+    tensor_parallel_size: int = arg(1, "Devices that share each layer.", "Parallel", low=1)
+    distributed_executor_backend: str | None = arg(None, "Where the workers run: `uni` in this process, `mp` in processes of their own. By default `uni` for one device.", "Parallel", choices=("uni", "mp"))
+    disable_custom_all_reduce: bool = arg(False, "Accepted.", "Parallel", harmless="quire has no custom all-reduce to disable")
+    enable_expert_parallel: bool = arg(False, "Accepted.", "Parallel", harmless="it concerns mixture-of-experts models only")
+    max_parallel_loading_workers: int | None = arg(None, "Accepted.", "Parallel", harmless="weights are streamed, so that loading needs little memory anyway")
+
+    device: str = arg("auto", "`auto` is the GPU where PyTorch can use one, else the CPU.", "Device", choices=("auto", "cpu", "cuda"))
+    threads: int | None = arg(None, "CPU threads of a worker; by default OMP_NUM_THREADS, else the physical cores at hand.", "Device", low=1, high=4096)
+
+    disable_log_stats: bool = arg(False, "No periodic line of statistics.", "Observability")
+    log_level: str | None = arg(None, "Level of the log; QUIRE_LOG_LEVEL, else `info`, by default.", "Observability", choices=("debug", "info", "warning", "error", "critical"))
+    log_interval: float = arg(10.0, "Seconds between two lines of statistics.", "Observability", low=0.0)
+
+    limit_mm_per_prompt: dict[str, Any] = arg({}, "Accepted.", "Not yet in quire", harmless="models are text-only for now: no prompt has images")
+    mm_processor_kwargs: dict[str, Any] | None = arg(None, "Accepted.", "Not yet in quire", harmless="models are text-only for now")
+    allowed_local_media_path: str = arg("", "Accepted.", "Not yet in quire", harmless="models are text-only for now: no media is read")
+    max_loras: int = arg(1, "Accepted.", "Not yet in quire", harmless="it only matters with enable_lora", low=1)
+    max_lora_rank: int = arg(16, "Accepted.", "Not yet in quire", harmless="it only matters with enable_lora", low=1)
+    pipeline_parallel_size: int = later(1, "pipeline parallelism is not yet in quire: leave it at 1")
+    data_parallel_size: int = later(1, "data parallelism is not yet in quire: leave it at 1, and start one engine per device")
+    nnodes: int = later(1, "running on several nodes is not yet in quire: leave it at 1")
+    quantization: str | None = later(None, "quantization is not yet in quire: give a checkpoint in float32, bfloat16 or float16")
+    cpu_offload_gb: float = later(0.0, "offloading weights to the host is not yet in quire: leave it at 0")
+    enable_lora: bool = later(False, "LoRA is not yet in quire: merge the adapter into the checkpoint")
+    speculative_config: dict[str, Any] | None = later(None, "speculative decoding is not yet in quire")
+    spec_method: str | None = later(None, "speculative decoding is not yet in quire")
+    spec_model: str | None = later(None, "speculative decoding is not yet in quire")
+    spec_tokens: int | None = later(None, "speculative decoding is not yet in quire")
+    structured_outputs_config: dict[str, Any] | None = later(None, "structured outputs are not yet in quire")
+    enable_prompt_embeds: bool = later(False, "prompt embeddings are not yet in quire: pass text or token ids")
+    enable_sleep_mode: bool = later(False, "sleep mode is not yet in quire")
+    profiler_config: dict[str, Any] | None = later(None, "the built-in profiler is not yet in quire: run under an external one")
+    kv_transfer_config: dict[str, Any] | None = later(None, "moving KV caches between engines is not yet in quire")
+    # fmt: on
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerArgs(_Checked):
+    """The arguments of the HTTP front beside the engine's: parsed by the same machinery, read by the server."""
+
+    host: str | None = arg(None, "Address to listen on.", "Server")
+    port: int = arg(8000, "Port to listen on.", "Server", low=0, high=65535)
+    api_key: list[str] | None = arg(None, "Keys of which a client must present one.", "Server")
+
+
+@cache
+def specs(cls: type) -> Mapping[str, tuple[Any, Spec, Any]]:
+    """Of each argument of `cls`, by name: type, `Spec` and default."""
+    hints = get_type_hints(cls)
+    found: dict[str, tuple[Any, Spec, Any]] = {}
+    for f in fields(cls):
+        default = f.default_factory() if callable(f.default_factory) else f.default
+        found[f.name] = (hints[f.name], f.metadata["spec"], default)
+    return found
+
+
+def unknown_argument(name: str, known: Mapping[str, Any], value: Any = None) -> ClientError:
+    """The answer to an argument that does not exist: why, or which one was meant."""
+    if reason := FOREIGN.get(name):
+        return ClientError(f"{name} has no counterpart in quire: {reason}", name, value)
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    hint = f": did you mean {near[0]}?" if near else ": docs/configuration.md lists those that do"
+    return ClientError(f"no argument named {name!r} exists{hint}", name, value)
+
+
+_MULTIPLIERS = {"k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+def human_int(text: str) -> int:
+    """An integer that may be written "8k", "25.6k", "1K" (1,024), "1M" or "4GiB". Errors: `ValueError`."""
+    digits = text.strip().replace("_", "").removesuffix("iB").removesuffix("B")
+    scale = _MULTIPLIERS.get(digits[-1:], 1)
+    if scale == 1:
+        return int(digits)
+    number = float(digits[:-1]) * scale
+    if number != int(number):
+        raise ValueError(f"{text!r} is not a whole number")
+    return int(number)
+
+
+def _normal(name: str, value: Any, hint: Any, spec: Spec) -> Any:
+    """`value` in its one spelling. Errors: `ClientError` for a type, choice or bound."""
+    if name == "dtype" and not isinstance(value, str):
+        value = str(value).removeprefix("torch.")  # a torch.dtype, named without importing torch
+    if spec.human and isinstance(value, str) and value != "auto":
+        try:
+            value = human_int(value)
+        except ValueError:
+            raise ClientError(f'{name}={value!r} is not a number such as 8192, "8k" or "8K"', name, value) from None
+    if not callable(value):
+        try:
+            value = msgspec.convert(value, hint if not callable_allowed(hint) else dict[str, Any])
+        except msgspec.ValidationError as e:
+            raise ClientError(f"{name}={value!r} has the wrong type: {str(e).lower()}", name, value) from None
+    elif not callable_allowed(hint) and hint is not Any:
+        raise ClientError(f"{name}={value!r} has the wrong type: a function is not taken here", name, value)
+    if spec.choices is not None and value is not None and value not in spec.choices:
+        near = difflib.get_close_matches(str(value), spec.choices, n=1)
+        hint_text = f" (did you mean {near[0]}?)" if near else ""
+        raise ClientError(f"{name}={value!r} must be one of {', '.join(spec.choices)}{hint_text}", name, value)
+    _check_bounds(name, value, spec)
+    return value
+
+
+def callable_allowed(hint: Any) -> bool:
+    """Whether a union type holds a function."""
+    return "Callable" in str(hint)
+
+
+def _check_bounds(name: str, value: Any, spec: Spec) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return
+    if value != value:
+        raise ClientError(f"{name} must be a number, not nan", name, value)
+    low, high = spec.low, spec.high
+    if (low is not None and value < low) or (high is not None and value > high):
+        if low is not None and high is not None:
+            allowed = f"between {low:g} and {high:g}"
+        else:
+            allowed = f"at least {low:g}" if low is not None else f"at most {high:g}"
+        raise ClientError(f"{name}={value!r} must be {allowed}", name, value)
