@@ -1,0 +1,1 @@
+"""Models: their arithmetic only, in the registry by architecture name."""

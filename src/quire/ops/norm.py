@@ -1,0 +1,33 @@
+"""Residual add + norm as one operation. Owns: RMSNorm and LayerNorm. Knows no weights' names.
+
+Shape legend: T tokens, D hidden.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from quire.ops.dispatch import REGISTRY
+
+
+def rms_norm(x_TD: Tensor, residual_TD: Tensor | None, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(norm(x + residual) * weight, x + residual); no residual counts as zero. Statistics in float32 (arXiv:1910.07467).
+    Works on any leading shape."""
+    total_TD = x_TD if residual_TD is None else x_TD + residual_TD
+    x = total_TD.float()
+    x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+    return weight_D * x.to(x_TD.dtype), total_TD
+
+
+def layer_norm(
+    x_TD: Tensor, residual_TD: Tensor | None, weight_D: Tensor | None, bias_D: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    """(layer norm of x + residual, x + residual); no residual counts as zero (arXiv:1607.06450)."""
+    total_TD = x_TD if residual_TD is None else x_TD + residual_TD
+    return F.layer_norm(total_TD, total_TD.shape[-1:], weight_D, bias_D, eps), total_TD
+
+
+RMS_NORM = REGISTRY.op("rms_norm", rms_norm)
+LAYER_NORM = REGISTRY.op("layer_norm", layer_norm)
