@@ -134,7 +134,7 @@ def token_ids(value: Any) -> tuple[int, ...]:
     """`eos_token_id` in any of its spellings (None, an id, a list) as a tuple without repeats."""
     if value is None:
         return ()
-    values = cast("list[Any]", list(value) if isinstance(value, list | tuple) else [value])
+    values = cast(list[Any], [*value] if isinstance(value, list | tuple) else [value])  # pyright: ignore[reportUnknownArgumentType]
     return tuple(dict.fromkeys(int(v) for v in values if v is not None))
 
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from quire.types.errors import ClientError
 
@@ -64,15 +65,16 @@ def _local_folder(path: Path, model: str) -> Path:
 
 def _fetch(model: str, revision: str | None, cache: str | None, token: str | bool | None, weights: bool) -> Path:
     """Download (or find in the cache) a Hub snapshot; .bin files only where there are no safetensors."""
-    from huggingface_hub import errors, snapshot_download
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    # Its signature is an overload over types that it leaves unknown; a path is what it returns.
+    download = cast(Callable[..., str], huggingface_hub.snapshot_download)  # pyright: ignore[reportUnknownMemberType]
 
     def snapshot(*patterns: str) -> Path:
         # Checkpoints keep other formats (original/, onnx/) in subfolders; the model itself is at the top.
-        return Path(
-            snapshot_download(
-                model, revision=revision, cache_dir=cache, token=token, allow_patterns=patterns, ignore_patterns="*/*"
-            )
-        )
+        where = {"revision": revision, "cache_dir": cache, "token": token}
+        return Path(download(model, **where, allow_patterns=list(patterns), ignore_patterns="*/*"))
 
     try:
         folder = snapshot(*_SMALL_FILES, *(("*.safetensors",) if weights else ()))
@@ -86,10 +88,7 @@ def _fetch(model: str, revision: str | None, cache: str | None, token: str | boo
     except errors.RepositoryNotFoundError as e:
         message, cause = "is neither a local folder nor a model on the Hub (a private one needs hf_token)", e
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, errors.HfHubHTTPError, OSError) as e:
-        message, cause = (
-            "is no local folder and not in the local cache, and the Hub could not be reached (or HF_HUB_OFFLINE is set)",
-            e,
-        )
+        message, cause = "is no local folder, is not in the local cache, and the Hub cannot be reached", e
     raise ClientError(f"model {model!r} {message}", "model", model) from cause
 
 

@@ -138,12 +138,9 @@ def _lengths(args: EngineArgs, arch: ModelArch) -> tuple[int, ModelArch]:
         length = wanted
     if any(w >= length for w in windows) and any(arch.sliding_windows):
         # A window that no sequence can fill is no window: one KV group less, and better prefix hits.
-        arch = replace(
-            arch, sliding_windows=tuple(None if w is None or w >= length else w for w in arch.sliding_windows)
-        )
-        log.debug(
-            "sliding windows of %d tokens or more are off: max_model_len=%d is no longer than they are", length, length
-        )
+        kept = tuple(None if w is None or w >= length else w for w in arch.sliding_windows)
+        arch = replace(arch, sliding_windows=kept)
+        log.debug("sliding windows are off where max_model_len=%d does not exceed them", length)
     return length, arch
 
 
@@ -219,8 +216,8 @@ def _cache(args: EngineArgs, dtype: str, machine: Machine) -> CacheConfig:
     swap = args.swap_space * args.tensor_parallel_size
     if machine.memory and swap * GIB > 0.9 * machine.memory:
         raise ClientError(
-            f"swap_space={args.swap_space:g} GiB for each of {args.tensor_parallel_size} device(s) does not fit in this "
-            f"machine's {machine.memory / GIB:.1f} GiB of memory: set it to at most "
+            f"swap_space={args.swap_space:g} GiB for each of {args.tensor_parallel_size} device(s) does not fit in "
+            f"this machine's {machine.memory / GIB:.1f} GiB of memory: set it to at most "
             f"{0.9 * machine.memory / GIB / args.tensor_parallel_size:.0f}",
             parameter="swap_space",
             value=args.swap_space,
@@ -267,7 +264,8 @@ def _scheduler(
     log.debug("max_num_batched_tokens=%d, max_num_seqs=%d on %s for %s", tokens, seqs, device, usage)
     if tokens < seqs:
         raise ClientError(
-            f"max_num_batched_tokens={tokens} is less than max_num_seqs={seqs}: a step must hold a token of each sequence",
+            f"max_num_batched_tokens={tokens} is less than max_num_seqs={seqs}: "
+            "a step must hold a token of each sequence",
             parameter="max_num_batched_tokens",
             value=tokens,
         )
