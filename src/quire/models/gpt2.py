@@ -55,8 +55,8 @@ class GPT2Block(nn.Module):
         self, x_TD: Tensor, residual_TD: Tensor | None, positions_T: Tensor, step: Step
     ) -> tuple[Tensor, Tensor]:
         x_TD, residual_TD = self.ln_1(x_TD, residual_TD)
-        x_TD, residual_TD = self.ln_2(self.attn(x_TD, positions_T, step), residual_TD)
-        return self.mlp(x_TD), residual_TD
+        x_TD, total_TD = self.ln_2(self.attn(x_TD, positions_T, step), residual_TD)
+        return self.mlp(x_TD), total_TD
 
 
 class GPT2Model(nn.Module):

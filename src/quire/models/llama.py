@@ -47,9 +47,8 @@ class LlamaBlock(nn.Module):
         self, x_TD: Tensor, residual_TD: Tensor | None, positions_T: Tensor, step: Step
     ) -> tuple[Tensor, Tensor]:
         x_TD, residual_TD = self.input_layernorm(x_TD, residual_TD)
-        x_TD = self.self_attn(x_TD, positions_T, step)
-        x_TD, residual_TD = self.post_attention_layernorm(x_TD, residual_TD)
-        return self.mlp(x_TD), residual_TD
+        x_TD, total_TD = self.post_attention_layernorm(self.self_attn(x_TD, positions_T, step), residual_TD)
+        return self.mlp(x_TD), total_TD
 
 
 class LlamaForCausalLM(CausalLM):

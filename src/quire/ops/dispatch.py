@@ -68,9 +68,7 @@ class Op:
         self.reference = reference
         self._implementations = [Implementation(REFERENCE, reference, lambda case: None, -1)]
 
-    def register(
-        self, name: str, target: Callable[..., Any] | str, supports: Supports, priority: int = 0
-    ) -> None:
+    def register(self, name: str, target: Callable[..., Any] | str, supports: Supports, priority: int = 0) -> None:
         """Adds an implementation (higher priority is asked first); a name may be registered once."""
         if any(known.name == name for known in self._implementations):
             raise ClientError(f"op {self.name!r} already has an implementation named {name!r}", "name", name)
@@ -128,9 +126,7 @@ class Binder:
     `forced`: op name -> implementation name that must be used.
     """
 
-    def __init__(
-        self, device: torch.device, dtype: torch.dtype, forced: Mapping[str, str] | None = None
-    ) -> None:
+    def __init__(self, device: torch.device, dtype: torch.dtype, forced: Mapping[str, str] | None = None) -> None:
         REGISTRY.load_plugins()
         self.device = device
         self.dtype = dtype

@@ -13,8 +13,8 @@ from quire.ops.dispatch import REGISTRY
 
 
 def rms_norm(x_TD: Tensor, residual_TD: Tensor | None, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """(norm(x + residual) * weight, x + residual); no residual counts as zero. Statistics in float32 (arXiv:1910.07467).
-    Works on any leading shape."""
+    """(norm(x + residual) * weight, x + residual); no residual counts as zero. Any leading shape.
+    Statistics in float32 (arXiv:1910.07467)."""
     total_TD = x_TD if residual_TD is None else x_TD + residual_TD
     x = total_TD.float()
     x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)

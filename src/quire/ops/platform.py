@@ -1,4 +1,4 @@
-"""What this machine is, as far as the choice of implementations asks. Owns: the facts about one device. Chooses nothing."""
+"""What this machine is, as far as choosing implementations asks. Owns: the facts about one device. Chooses nothing."""
 
 from __future__ import annotations
 

@@ -1,0 +1,159 @@
+"""Each architecture, run directly over permuted pages, against Transformers' logits: prompts of very different lengths
+in one ragged batch, some in chunks, then decode steps mixed with late prompts and padding rows."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import parity_harness as harness
+import pytest
+import torch
+
+from quire.loading import load_model
+
+LONG = {"original_max_position_embeddings": 64, "rope_theta": 10000.0}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, **LONG}
+YARN = {"rope_type": "yarn", "factor": 4.0, **LONG}
+MSCALE = {"mscale": 0.7, "mscale_all_dim": 1.0, "beta_fast": 16, "beta_slow": 2, "truncate": False}
+NARROW = {"word_embed_proj_dim": 24, "do_layer_norm_before": False}
+
+CASES: list[tuple[str, str, dict[str, Any]]] = [
+    ("llama", "grouped", {}),
+    (
+        "llama",
+        "multi-query-odd-heads",
+        {"hidden_size": 40, "num_attention_heads": 5, "num_key_value_heads": 1, "head_dim": 10},
+    ),
+    ("llama", "wide-heads", {"head_dim": 20, "num_attention_heads": 6, "num_key_value_heads": 3}),
+    ("llama", "tied-biases", {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True}),
+    ("llama", "gelu", {"hidden_act": "gelu_pytorch_tanh", "rms_norm_eps": 1e-3}),
+    ("llama", "rope-theta", {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}),
+    ("llama", "rope-linear", {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}}),
+    ("llama", "rope-dynamic", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}),
+    ("llama", "rope-llama3", {"rope_parameters": LLAMA3}),
+    ("llama", "rope-yarn", {"rope_parameters": YARN}),
+    ("llama", "rope-yarn-mscale", {"rope_parameters": {**YARN, **MSCALE}}),
+    ("llama", "rope-yarn-attention-factor", {"rope_parameters": {**YARN, "attention_factor": 1.3}}),
+    ("mistral", "window", {}),
+    ("mistral", "window-of-one-page", {"sliding_window": 4, "num_key_value_heads": 4}),
+    ("mistral", "no-window", {"sliding_window": None, "tie_word_embeddings": True}),
+    ("qwen2", "biases", {}),
+    (
+        "qwen2",
+        "window-in-late-layers",
+        {"num_hidden_layers": 4, "use_sliding_window": True, "sliding_window": 9, "max_window_layers": 2},
+    ),
+    (
+        "qwen2",
+        "window-mixed",
+        {
+            "num_hidden_layers": 3,
+            "use_sliding_window": True,
+            "sliding_window": 9,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        },
+    ),
+    ("qwen3", "head-norm", {}),
+    ("qwen3", "head-norm-odd", {"num_attention_heads": 3, "num_key_value_heads": 1, "attention_bias": True}),
+    ("qwen3", "yarn-tied", {"rope_parameters": {**YARN, "rope_theta": 1e6}, "tie_word_embeddings": True}),
+    ("opt", "125m", {}),
+    ("opt", "350m", NARROW),
+    ("opt", "bare", {"enable_bias": False, "layer_norm_elementwise_affine": False, "activation_function": "gelu"}),
+    ("opt", "no-final-norm", {"_remove_final_layer_norm": True, "tie_word_embeddings": False}),
+    ("gpt2", "plain", {}),
+    ("gpt2", "scaled", {"scale_attn_by_inverse_layer_idx": True, "n_inner": 80, "activation_function": "gelu"}),
+    ("gpt2", "unscaled-untied", {"scale_attn_weights": False, "tie_word_embeddings": False, "n_head": 4}),
+]
+LENGTHS = {"a": 1, "b": 2, "c": 5, "d": 16, "e": 33, "f": 70}
+
+
+def prompts(vocab: int, seed: int = 0) -> dict[str, list[int]]:
+    draw = random.Random(seed)
+    return {name: [draw.randrange(3, vocab) for _ in range(count)] for name, count in LENGTHS.items()}
+
+
+def run(folder: Path, steps: int = 14, break_it: Callable[[harness.PagedRun], None] | None = None) -> float:
+    """The largest difference of any logit from Transformers'; asserts that greedy outputs vary."""
+    config = harness.config_for(folder)
+    arch = config.model.arch
+    paged = harness.PagedRun(load_model(config, torch.device("cpu")), arch, block=4)
+    judge = harness.Judge(folder)
+    sequences = prompts(arch.vocab_size)
+    got: dict[str, list[torch.Tensor]] = {name: [] for name in sequences}
+
+    def step(rows: list[tuple[str, list[int]]], padding: int = 0) -> None:
+        for name, logits in paged.step(rows, padding).items():
+            got[name].append(logits)
+
+    step([("a", sequences["a"]), ("c", sequences["c"]), ("d", sequences["d"][:7]), ("f", sequences["f"][:40])])
+    step([("d", sequences["d"][7:]), ("b", sequences["b"]), ("f", sequences["f"][40:])], padding=1)
+    if break_it is not None:
+        break_it(paged)
+    for i in range(steps):
+        running = [name for name in sequences if got[name] and name != "e"] + (["e"] if i > 2 else [])
+        rows = []
+        for name in running:
+            sequences[name].append(int(got[name][-1][-1].argmax()))
+            rows.append((name, sequences[name][-1:]))
+        if i == 2:
+            rows.append(("e", sequences["e"]))
+        step(rows, padding=i % 3)
+    drawn = {token for name in sequences for token in sequences[name][LENGTHS[name] :]}
+    assert len(drawn) >= 10, f"greedy decoding repeats itself: {drawn}"
+    worst = 0.0
+    for name, tokens in sequences.items():
+        logits = torch.cat(got[name])
+        assert len(logits) == len(tokens)
+        worst = max(worst, float((logits - judge.logits(tokens)).abs().max()))
+    return worst
+
+
+@pytest.mark.parametrize(("arch", "overrides"), [pytest.param(a, o, id=f"{a}-{n}") for a, n, o in CASES])
+def test_logits_equal_transformers(checkpoint: Callable[..., Path], arch: str, overrides: dict[str, Any]) -> None:
+    assert run(checkpoint(arch, **overrides)) < harness.TOLERANCE
+
+
+def test_dynamic_rope_beyond_its_length_equals_a_cached_decode(checkpoint: Callable[..., Path]) -> None:
+    rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}
+    folder = checkpoint("llama", max_position_embeddings=24, rope_parameters=rope)
+    config = harness.config_for(folder)
+    assert config.model.max_model_len == 96
+    paged = harness.PagedRun(load_model(config, torch.device("cpu")), config.model.arch)
+    judge = harness.Judge(folder).model
+    tokens = prompts(config.model.arch.vocab_size)["f"]
+    with torch.no_grad():
+        expected = judge(torch.tensor([tokens[:20]]), use_cache=True)
+        got = paged.step([("f", tokens[:20])])["f"]
+        for token in tokens[20:]:
+            assert torch.allclose(got, expected.logits[0], atol=harness.TOLERANCE)
+            expected = judge(torch.tensor([[token]]), past_key_values=expected.past_key_values, use_cache=True)
+            got = paged.step([("f", [token])])["f"]
+
+
+def swap_two_blocks(paged: harness.PagedRun) -> None:
+    """Of two sequences; within one, the order of full blocks means nothing to attention, since keys are rotated."""
+    for ours, theirs in zip(paged.tables["f"], paged.tables["d"], strict=True):
+        ours[1], theirs[1] = theirs[1], ours[1]
+
+
+def drop_the_window(paged: harness.PagedRun) -> None:
+    for module in paged.model.modules():
+        if hasattr(module, "window"):
+            module.window = None
+
+
+def shift_positions(paged: harness.PagedRun) -> None:
+    """From here on every new token claims to stand one further than it does."""
+    paged.shift = 1
+
+
+@pytest.mark.parametrize(
+    ("arch", "break_it"),
+    [("llama", swap_two_blocks), ("mistral", drop_the_window), ("llama", shift_positions), ("gpt2", shift_positions)],
+)
+def test_the_check_fails_when_something_is_wrong(checkpoint: Callable[..., Path], arch: str, break_it: Any) -> None:
+    overrides = {"sliding_window": 12} if arch == "mistral" else {}
+    assert run(checkpoint(arch, **overrides), break_it=break_it) > 100 * harness.TOLERANCE
