@@ -218,7 +218,7 @@ def _cache(args: EngineArgs, dtype: str, machine: Machine) -> CacheConfig:
         raise ClientError(
             f"swap_space={args.swap_space:g} GiB for each of {args.tensor_parallel_size} device(s) does not fit in "
             f"this machine's {machine.memory / GIB:.1f} GiB of memory: set it to at most "
-            f"{0.9 * machine.memory / GIB / args.tensor_parallel_size:.0f}",
+            f"{int(0.9 * machine.memory / GIB / args.tensor_parallel_size)}",
             parameter="swap_space",
             value=args.swap_space,
         )

@@ -1,0 +1,71 @@
+"""Fixtures that every package's tests share. Owns: checkpoint folders made on the fly, without weights."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+# Before any test imports torch or tokenizers: two test processes share two cores, so each op gets one thread.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach the network
+
+TINY_LLAMA: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 128,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "torch_dtype": "float32",
+}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests marked `gpu` are skipped where torch sees no CUDA device (torch is imported only if there are any)."""
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if not marked:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture
+def make_checkpoint(tmp_path: Path) -> Callable[..., Path]:
+    """A function that writes a checkpoint folder: config.json (a tiny Llama, changed by the keyword arguments; None
+    removes an entry) and, where `generation` is given, generation_config.json."""
+
+    def make(generation: dict[str, Any] | None = None, name: str = "model", **changes: Any) -> Path:
+        folder = tmp_path / name
+        folder.mkdir(exist_ok=True)
+        config = {k: v for k, v in {**TINY_LLAMA, **changes}.items() if v is not None}
+        (folder / "config.json").write_text(json.dumps(config))
+        if generation is not None:
+            (folder / "generation_config.json").write_text(json.dumps(generation))
+        return folder
+
+    return make
+
+
+@pytest.fixture(autouse=True)
+def _quire_log_untouched() -> Iterator[None]:
+    """Tests that set up logging leave no handler or level behind."""
+    logger = logging.getLogger("quire")
+    level, handlers = logger.level, list(logger.handlers)
+    yield
+    logger.setLevel(level)
+    logger.handlers[:] = handlers
