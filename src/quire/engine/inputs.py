@@ -1,0 +1,239 @@
+"""From what the user wrote to a `Request` of integers.
+
+Owns: the forms of a prompt, tokenization, the limits of model and engine, and what is filled in for the core (seed, end
+tokens, bad words as tokens, lengths). Every refusal is one line that says what to change. Knows nothing of scheduling.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from quire.config.schema import Config
+from quire.engine.tokenizer import Tokenizer
+from quire.types.errors import ClientError
+from quire.types.params import BeamSearchParams, SamplingParams
+from quire.types.prompts import PromptType
+from quire.types.request import Request
+
+Params = SamplingParams | BeamSearchParams
+
+_SEED_MASK = 2**64 - 1
+_NOT_YET = {  # fields that are accepted and checked, but do nothing so far
+    "structured_outputs": None,
+    "watermarking": None,
+    "prompt_logprob_token_ids": None,
+    "prompt_logprob_start": None,
+    "logprob_token_ids": None,
+    "flat_logprobs": False,
+    "thinking_token_budget": None,
+    "repetition_detection": None,
+    "trace_decode_token_ids": None,
+}
+_PROMPT_KEYS = {"prompt", "prompt_token_ids", "cache_salt", "type"}
+_MEDIA_KEYS = {"multi_modal_data", "mm_processor_kwargs", "multi_modal_uuids", "prompt_embeds"}
+
+
+class Draft(NamedTuple):
+    """A checked prompt with its parameters: a request but for its id and seed. `text` is the prompt's, if known."""
+
+    tokens: list[int]
+    params: Params
+    text: str | None
+    cache_salt: str
+
+
+class InputProcessor:
+    """The input side of an engine. Seeds of requests that name none are drawn in the order of the calls of `request`,
+    from a generator of its own that starts from the configuration's seed."""
+
+    def __init__(self, config: Config, tokenizer: Tokenizer | None) -> None:
+        self._tokenizer = tokenizer
+        self._max_len = config.model.max_model_len
+        self._vocab = config.model.arch.vocab_size
+        self._max_logprobs = config.model.max_logprobs
+        self._random = random.Random(config.model.seed)
+        eos = list(config.model.arch.eos_token_ids)
+        if tokenizer is not None and tokenizer.eos_token_id is not None:
+            eos.append(tokenizer.eos_token_id)
+        self._eos = tuple(dict.fromkeys(t for t in eos if t < self._vocab))
+
+    def process(
+        self, prompt: PromptType, params: Params, *, request_id: str, priority: int = 0, lora_request: Any = None
+    ) -> Request:
+        """One prompt to a request. Raises ClientError."""
+        (draft,) = self.drafts([prompt], [params], lora_request=lora_request)
+        return self.request(draft, request_id, priority)
+
+    def drafts(
+        self,
+        prompts: Sequence[PromptType],
+        params: Sequence[Params],
+        *,
+        lora_request: Any = None,
+        add_special_tokens: bool = True,
+    ) -> list[Draft]:
+        """Check prompts with their parameters, all or nothing: the first bad one raises and leaves no trace."""
+        if lora_request is not None:
+            raise ClientError("lora_request is not supported yet; leave it out", "lora_request", lora_request)
+        parsed = [_parse(prompt) for prompt in prompts]
+        texts = [text for text, tokens, _ in parsed if tokens is None and text is not None]
+        encoded = iter(self._encode(texts, add_special_tokens))
+        out: list[Draft] = []
+        for (text, tokens, salt), given in zip(parsed, params, strict=True):
+            tokens = next(encoded) if tokens is None else tokens
+            out.append(self._draft(text, tokens, salt, given))
+        return out
+
+    def request(self, draft: Draft, request_id: str, priority: int = 0, stream: bool = False) -> Request:
+        """Give a draft its id and its seed. `stream`: a delta after each step is wanted."""
+        params = draft.params
+        seed = params.seed if isinstance(params, SamplingParams) else 0
+        if isinstance(params, SamplingParams):
+            stream = stream or bool(params.stop)
+        return Request(
+            id=request_id,
+            prompt_token_ids=draft.tokens,
+            params=params,
+            seed=self._random.getrandbits(64) if seed is None else seed & _SEED_MASK,
+            eos_token_ids=self._eos,
+            priority=priority,
+            stream=stream,
+            cache_salt=draft.cache_salt,
+        )
+
+    def _encode(self, texts: list[str], add_special_tokens: bool) -> list[list[int]]:
+        if not texts:
+            return []
+        if self._tokenizer is None:
+            raise ClientError("a text prompt needs a tokenizer, and skip_tokenizer_init=True: give token ids", "prompt")
+        if len(texts) == 1:
+            return [self._tokenizer.encode(texts[0], add_special_tokens)]
+        return self._tokenizer.encode_batch(texts, add_special_tokens)
+
+    def _draft(self, text: str | None, tokens: list[int], salt: str, given: Params) -> Draft:
+        params = given.clone()
+        params.normalize()  # the user may have assigned to fields since
+        if isinstance(params, SamplingParams):
+            tokens = self._truncate(tokens, params)
+        self._check_tokens(tokens)
+        room = self._max_len - len(tokens)
+        if isinstance(params, BeamSearchParams):
+            self._check_beam(params)
+            params.max_tokens = min(params.max_tokens, room)
+        else:
+            self._check_params(params)
+            params.max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
+            params.min_tokens = min(params.min_tokens, params.max_tokens)
+            params.eos_token_ids = self._eos
+            if params.bad_words:
+                params.bad_words_token_ids = self._bad_words(params.bad_words)
+        return Draft(tokens, params, text, salt)
+
+    def _truncate(self, tokens: list[int], params: SamplingParams) -> list[int]:
+        keep = params.truncate_prompt_tokens
+        if keep is None:
+            return tokens
+        if keep > self._max_len:
+            text = f"truncate_prompt_tokens must not exceed max_model_len={self._max_len}, got {keep}"
+            raise ClientError(text, "truncate_prompt_tokens", keep)
+        return tokens[-(self._max_len - 1 if keep == -1 else keep) :]
+
+    def _check_tokens(self, tokens: list[int]) -> None:
+        if not tokens:
+            raise ClientError("the prompt is empty: give at least one token", "prompt", tokens)
+        if len(tokens) >= self._max_len:
+            raise ClientError(
+                f"the prompt has {len(tokens)} tokens, which leave no room for output in max_model_len={self._max_len}:"
+                " shorten it, set truncate_prompt_tokens, or raise max_model_len",
+                "prompt",
+                len(tokens),
+            )
+        self._check_vocab("prompt_token_ids", tokens)
+
+    def _check_vocab(self, name: str, ids: Sequence[int]) -> None:
+        if ids and (min(ids) < 0 or max(ids) >= self._vocab):
+            bad = next(t for t in ids if not 0 <= t < self._vocab)
+            text = f"{name}: token id {bad} is not in the vocabulary of {self._vocab} (0..{self._vocab - 1})"
+            raise ClientError(text, name, bad)
+
+    def _check_beam(self, params: BeamSearchParams) -> None:
+        for name in ("structured_outputs", "watermarking"):
+            if getattr(params, name) is not None:
+                raise ClientError(f"{name} is not supported yet; leave it out", name, getattr(params, name))
+        self._check_vocab("allowed_token_ids", params.allowed_token_ids or ())
+
+    def _check_params(self, params: SamplingParams) -> None:
+        for name, off in _NOT_YET.items():
+            value = getattr(params, name)
+            if value is not off:
+                raise ClientError(f"{name} is not supported yet; leave it out", name, value)
+        for name in ("logprobs", "prompt_logprobs"):
+            value = getattr(params, name)
+            if value is None or self._max_logprobs == -1:
+                continue
+            if (self._vocab if value == -1 else value) > self._max_logprobs:
+                text = f"{name}={value} is more than the engine's max_logprobs={self._max_logprobs}; raise max_logprobs"
+                raise ClientError(text, name, value)
+        self._check_vocab("stop_token_ids", params.stop_token_ids or ())
+        self._check_vocab("allowed_token_ids", params.allowed_token_ids or ())
+        self._check_vocab("logit_bias", list(params.logit_bias or ()))
+        if params.stop and self._tokenizer is None:
+            text = "stop strings need a tokenizer, and skip_tokenizer_init=True: use stop_token_ids"
+            raise ClientError(text, "stop", params.stop)
+
+    def _bad_words(self, words: list[str]) -> list[list[int]]:
+        """The token sequences of each word, at the beginning of a text and (where that is as long but begins unlike)
+        after a space."""
+        if self._tokenizer is None:
+            raise ClientError("bad_words need a tokenizer, and skip_tokenizer_init=True", "bad_words", words)
+        out: list[list[int]] = []
+        for word in words:
+            bare = self._tokenizer.encode(word.lstrip(), add_special_tokens=False)
+            spaced = self._tokenizer.encode(" " + word.lstrip(), add_special_tokens=False)
+            if not bare:
+                raise ClientError(f"bad_words: {word!r} has no tokens; leave it out", "bad_words", word)
+            self._check_vocab("bad_words", bare + spaced)
+            out.append(bare)
+            if len(spaced) == len(bare) and spaced[0] != bare[0]:
+                out.append(spaced)
+        return out
+
+
+def _parse(prompt: Any) -> tuple[str | None, list[int] | None, str]:
+    """(text, token ids, cache salt) of a prompt in any of its forms; at least one of the first two is given."""
+    if isinstance(prompt, str):
+        return prompt, None, ""
+    if not isinstance(prompt, Mapping):
+        return None, _token_list(prompt), ""
+    fields: dict[str, Any] = {k: v for k, v in prompt.items() if v is not None}
+    for key in fields:
+        if key in _MEDIA_KEYS and fields[key]:
+            raise ClientError(f"{key} is not supported yet: this model takes text only", key)
+        if key not in _PROMPT_KEYS and key not in _MEDIA_KEYS:
+            raise ClientError(f"unknown key {key!r} in a prompt; known are prompt, prompt_token_ids, cache_salt", key)
+    text, salt = fields.get("prompt"), fields.get("cache_salt", "")
+    if text is not None and not isinstance(text, str):
+        raise ClientError(f"prompt must be a string, got {type(text).__name__}", "prompt", text)
+    if not isinstance(salt, str):
+        raise ClientError(f"cache_salt must be a string, got {type(salt).__name__}", "cache_salt", salt)
+    if "prompt_token_ids" in fields:
+        return text, _token_list(fields["prompt_token_ids"]), salt
+    if text is None:
+        raise ClientError("a prompt given as a dict needs 'prompt' (text) or 'prompt_token_ids'", "prompt", prompt)
+    return text, None, salt
+
+
+def _token_list(value: Any) -> list[int]:
+    """A list of ints from a list, tuple or one-dimensional array."""
+    items = value.tolist() if hasattr(value, "tolist") else value
+    if not isinstance(items, list | tuple):
+        text = f"a prompt must be text, a list of token ids, or a dict, got {type(value).__name__}"
+        raise ClientError(text, "prompt", value)
+    for item in items:
+        if type(item) is not int:
+            if isinstance(item, bool) or not hasattr(item, "__index__"):
+                raise ClientError(f"token ids must be integers, got {item!r}", "prompt_token_ids", item)
+            return [int(i) for i in items]
+    return list(items)
