@@ -68,7 +68,7 @@ def gumbel_rows(seed_S: Tensor, sample_S: Tensor, position_S: Tensor, vocab_size
     column = [t.unsqueeze(1) for t in (position_S, sample_S, *_key(seed_S))]
     position, sample, k0, k1 = column
     words = philox4x32((quads, position & _MASK, sample & _MASK, torch.zeros_like(sample)), (k0, k1))
-    return gumbel(torch.stack(words, dim=-1).reshape(seed_S.shape[0], -1)[:, :vocab_size])
+    return gumbel(torch.stack(words, dim=-1).flatten(1)[:, :vocab_size])
 
 
 def gumbel_at(seed_N: Tensor, sample_N: Tensor, position_N: Tensor, token_N: Tensor) -> Tensor:

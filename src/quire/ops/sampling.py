@@ -1,0 +1,223 @@
+"""Sampling over logits, as plain PyTorch: the reference for faster implementations.
+
+Owns: what each parameter does to a row of logits, and how the token is drawn. Knows no requests, rows of a table,
+histories or devices.
+
+Every function treats each row by itself, and its result for a row does not depend on the other rows, on how many there
+are, or on which of several ways of computing it was taken. Three choices make that exact instead of nearly so:
+
+- Truncation (min_p, top_k, top_p) is one threshold a row: a token survives if its scaled logit is not below it. Equal
+  logits survive together, so neither the order of a sort nor its method matters.
+- Probability masses are fixed-point integers (`_mass`): their sums are the same in any order and width.
+- Noise is a function of (seed, sample index, position, token) only (`ops.philox`).
+
+Shape legend: S sampled rows, V vocabulary, M edits of a row, W words of a row, L length of a word, K largest top_k,
+G rows of a group.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from quire.ops.philox import gumbel_at, gumbel_rows
+
+NEG_INF = float("-inf")
+IN_PROMPT = 1 << 30  # bit of a token's count: it occurs in the prompt; the bits below count it in the output
+_ONE = 2.0**40  # the mass of the likeliest token; 2^23 tokens of it would still fit in an int64
+_FIRST_LOOK = 256  # candidates among which the nucleus is searched before all are sorted
+_CHUNK = 1 << 21  # elements of noise made at once: bounds the memory, and keeps a CPU's caches warm
+
+
+class Noise(NamedTuple):
+    """What the noise of each row is a function of: int64 (S,) each."""
+
+    seed: Tensor
+    sample: Tensor
+    position: Tensor
+
+    def take(self, index: Tensor | slice) -> Noise:
+        return Noise(self.seed[index], self.sample[index], self.position[index])
+
+
+# --- changes to the logits, all in place -----------------------------------------------------------------------------
+
+
+def add_edits(logits_SV: Tensor, ids_SM: Tensor, values_SM: Tensor, until_SM: Tensor, drawn_S: Tensor) -> None:
+    """Adds `values` at token `ids` (int64) while a row has drawn fewer than `until` tokens.
+
+    Serves logit_bias (without end), single-token bad words (-inf, without end) and min_tokens (-inf on the end
+    tokens). Unused entries are value 0 at id 0.
+    """
+    live_SM = torch.where(drawn_S.unsqueeze(1) < until_SM, values_SM, 0.0)
+    logits_SV.scatter_add_(1, ids_SM, live_SM)
+
+
+def forbid_words(logits_SV: Tensor, words_SWL: Tensor, tail_SL: Tensor) -> None:
+    """Masks the token that would complete a word (bad_words of several tokens).
+
+    words: int64, each word back to front, -1 after its end; an unused word is -1 throughout. tail (S, L - 1): the
+    row's output back to front, -2 before its begin.
+    """
+    ahead_SWL = words_SWL[:, :, 1:]
+    match_SW = ((ahead_SWL < 0) | (ahead_SWL == tail_SL.unsqueeze(1))).all(-1) & (words_SWL[:, :, 0] >= 0)
+    logits_SV.scatter_add_(1, words_SWL[:, :, 0].clamp_min(0), torch.where(match_SW, NEG_INF, 0.0))
+
+
+def penalise(
+    logits_SV: Tensor, counts_SV: Tensor, repetition_S: Tensor, presence_S: Tensor, frequency_S: Tensor
+) -> None:
+    """Repetition penalty (CTRL, arXiv:1909.05858: positive logits divided, negative ones multiplied) on tokens of
+    prompt or output; then frequency (for each occurrence) and presence (once) penalties on tokens of the output.
+
+    counts: int32, occurrences in the output, with the bit `IN_PROMPT` for tokens of the prompt.
+    """
+    repetition_S1 = repetition_S.unsqueeze(1)
+    factor_SV = torch.where(logits_SV > 0, 1.0 / repetition_S1, repetition_S1)
+    logits_SV.mul_(torch.where(counts_SV != 0, factor_SV, 1.0))
+    drawn_SV = counts_SV & (IN_PROMPT - 1)
+    logits_SV.sub_(frequency_S.unsqueeze(1) * drawn_SV)
+    logits_SV.sub_(presence_S.unsqueeze(1) * (drawn_SV > 0))
+
+
+# --- drawing ---------------------------------------------------------------------------------------------------------
+
+
+def draw_greedy(logits_SV: Tensor) -> tuple[Tensor, Tensor]:
+    """The likeliest token of each row, int64, lowest id among equals, and its logit. NaN counts as the largest, so a
+    row with NaN shows it in the second result. Static shapes, no host synchronisation."""
+    tokens_S = logits_SV.argmax(-1)
+    return tokens_S, logits_SV.gather(1, tokens_S.unsqueeze(1)).squeeze(1)
+
+
+def thresholds(
+    x_SV: Tensor, log_min_p_S: Tensor, top_k_S: Tensor, top_p_S: Tensor, max_k: int, nucleus: bool, static: bool
+) -> tuple[Tensor, Tensor]:
+    """(threshold, maximum) of each row of scaled logits: tokens not below the threshold survive min_p, then top_k,
+    then top_p of what is left.
+
+    log_min_p: float32, -inf where off. top_k: int64, 0 where off. top_p: float64, 1 where off. max_k: at least the
+    largest top_k (0: no row has one). nucleus: whether any row has a top_p. static: no host synchronisation.
+    """
+    top_S = x_SV.amax(-1)
+    low_S = torch.where(log_min_p_S == NEG_INF, NEG_INF, top_S + log_min_p_S)
+    vocab = x_SV.shape[1]
+    width = max(max_k, _FIRST_LOOK if nucleus and not static else 0)
+    sorted_SK = x_SV.topk(min(width, vocab), dim=-1).values
+    if max_k:
+        kth_S = sorted_SK.gather(1, (top_k_S.clamp(1, sorted_SK.shape[1]) - 1).unsqueeze(1)).squeeze(1)
+        on_S = (top_k_S > 0) & (top_k_S < vocab)
+        low_S = torch.where(on_S, torch.maximum(low_S, kth_S), low_S)
+    if nucleus:
+        low_S = _nucleus(x_SV, top_S, low_S, top_p_S, sorted_SK, static)
+    return low_S, top_S
+
+
+def _mass(x: Tensor, top: Tensor) -> Tensor:
+    """exp(x - top) in units of 2^-40, as int64. An infinite maximum has mass one, and all else none."""
+    return torch.exp(x - top).nan_to_num_(nan=1.0).mul_(_ONE).to(torch.int64)
+
+
+def _nucleus(x_SV: Tensor, top_S: Tensor, low_S: Tensor, top_p_S: Tensor, sorted_SK: Tensor, static: bool) -> Tensor:
+    """Raises the thresholds `low` to the smallest set of surviving tokens whose mass reaches top_p: a token stays if
+    the mass of the tokens before it is less than top_p of the survivors' mass."""
+    mass_SV = _mass(x_SV, top_S.unsqueeze(1))
+    total_S = torch.where(x_SV >= low_S.unsqueeze(1), mass_SV, 0).sum(-1)
+    del mass_SV
+    limit_S = (total_S.double() * top_p_S).to(torch.int64).clamp_min_(1)
+    limit_S = torch.where(top_p_S < 1.0, limit_S, 0)  # 0: off
+    if static:
+        return _cut(x_SV.sort(-1, descending=True).values, top_S, low_S, limit_S)[0]
+    low_S, open_S = _cut(sorted_SK, top_S, low_S, limit_S)
+    rest = open_S.nonzero().squeeze(1)
+    if sorted_SK.shape[1] < x_SV.shape[1] and rest.numel():
+        full_GV = x_SV[rest].sort(-1, descending=True).values
+        low_S[rest] = _cut(full_GV, top_S[rest], low_S[rest], limit_S[rest])[0]
+    return low_S
+
+
+def _cut(sorted_SK: Tensor, top_S: Tensor, low_S: Tensor, limit_S: Tensor) -> tuple[Tensor, Tensor]:
+    """(new threshold, whether the limit lies beyond these candidates), from candidates in falling order. Candidates
+    below `low` end the survivors, so a row whose candidates reach there is decided."""
+    alive_SK = sorted_SK >= low_S.unsqueeze(1)
+    mass_SK = torch.where(alive_SK, _mass(sorted_SK, top_S.unsqueeze(1)), 0)
+    before_SK = mass_SK.cumsum(-1) - mass_SK
+    kept_S = (alive_SK & (before_SK < limit_S.unsqueeze(1))).sum(-1)
+    edge_S = sorted_SK.gather(1, (kept_S - 1).clamp_min(0).unsqueeze(1)).squeeze(1)
+    width = sorted_SK.shape[1]
+    # all candidates kept: what follows may belong to the nucleus too, unless it only repeats the threshold
+    open_S = (kept_S == width) & (sorted_SK[:, -1] > low_S)
+    on_S = (limit_S > 0) & (kept_S > 0) & ~open_S
+    return torch.where(on_S, torch.maximum(low_S, edge_S), low_S), open_S
+
+
+def draw(x_SV: Tensor, low_S: Tensor, greedy_S: Tensor, noise: Noise, static: bool) -> Tensor:
+    """One token for each row, int64: the largest of scaled logit + Gumbel noise over the tokens not below `low`, which
+    is a draw from their softmax (Gumbel 1954; Maddison et al. 2014). Rows with `greedy` (bool) get no noise. Equal
+    scores go to the lowest id.
+
+    Unless `static`, noise is made for the survivors alone where they are few.
+    """
+    rows, vocab = x_SV.shape
+    if static:
+        return _draw_full(x_SV, low_S, greedy_S, noise)
+    tokens_S = torch.zeros(rows, dtype=torch.int64, device=x_SV.device)
+    few_S = (x_SV >= low_S.unsqueeze(1)).sum(-1) * 8 < vocab
+    few, many = few_S.nonzero().squeeze(1), (~few_S).nonzero().squeeze(1)
+    if few.numel():
+        x_GV = x_SV if few.numel() == rows else x_SV[few]
+        tokens_S[few] = _draw_survivors(x_GV, low_S[few], greedy_S[few], noise.take(few))
+    for part in many.split(max(1, _CHUNK // vocab)) if many.numel() else ():
+        tokens_S[part] = _draw_full(x_SV[part], low_S[part], greedy_S[part], noise.take(part))
+    return tokens_S
+
+
+def _draw_full(x_SV: Tensor, low_S: Tensor, greedy_S: Tensor, noise: Noise) -> Tensor:
+    score_SV = gumbel_rows(*noise, x_SV.shape[1]).masked_fill_(greedy_S.unsqueeze(1), 0.0).add_(x_SV)
+    return score_SV.masked_fill_(x_SV < low_S.unsqueeze(1), NEG_INF).argmax(-1)
+
+
+def _draw_survivors(x_SV: Tensor, low_S: Tensor, greedy_S: Tensor, noise: Noise) -> Tensor:
+    rows, vocab = x_SV.shape
+    row_N, token_N = (x_SV >= low_S.unsqueeze(1)).nonzero(as_tuple=True)
+    noise_N = gumbel_at(*noise.take(row_N), token_N).masked_fill_(greedy_S[row_N], 0.0)
+    score_N = noise_N + x_SV[row_N, token_N]
+    best_S = score_N.new_full((rows,), NEG_INF).scatter_reduce_(0, row_N, score_N, "amax")
+    first_N = torch.where(score_N == best_S[row_N], token_N, vocab)
+    # a row without survivors (all NaN) keeps token 0; the caller sees it by the row's maximum
+    return token_N.new_full((rows,), vocab).scatter_reduce_(0, row_N, first_N, "amin").remainder_(vocab)
+
+
+# --- logprobs --------------------------------------------------------------------------------------------------------
+
+
+def top_logits(x_GV: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """(values, ids (int64)) of the k largest of each row, falling; equal values by rising id, which `topk` does not
+    promise. A float and its id are packed into one integer that sorts like the pair."""
+    if k == 0:
+        return x_GV[:, :0], torch.zeros((x_GV.shape[0], 0), dtype=torch.int64, device=x_GV.device)
+    bits_GV = (x_GV + 0.0).view(torch.int32)  # -0.0 becomes 0.0
+    order_GV = (bits_GV ^ ((bits_GV >> 31) & 0x7FFFFFFF)).to(torch.int64)
+    last = x_GV.shape[1] - 1
+    ids_V = torch.arange(last, -1, -1, device=x_GV.device)
+    keys_GK = ((order_GV << 32) | ids_V).topk(k, dim=-1).values
+    ids_GK = last - (keys_GK & 0xFFFFFFFF)
+    return x_GV.gather(1, ids_GK), ids_GK
+
+
+def token_logprobs(x_GV: Tensor, token_G: Tensor, top: int | Tensor, normalise: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """(ids (G, 1+k) int64, values (G, 1+k) float32, ranks (G,) int64) of each row's `token` and of its k = `top`
+    likeliest tokens, or of the tokens `top` (G, k). Values are log-softmax where `normalise`, else the logits. The
+    rank is one more than the number of tokens with a larger value."""
+    chosen_G1 = x_GV.gather(1, token_G.unsqueeze(1))
+    if isinstance(top, int):
+        values_GK, ids_GK = top_logits(x_GV, min(top, x_GV.shape[1]))
+    else:
+        values_GK, ids_GK = x_GV.gather(1, top), top
+    ranks_G = (x_GV > chosen_G1).sum(-1) + 1
+    ids, values = torch.cat((token_G.unsqueeze(1), ids_GK), 1), torch.cat((chosen_G1, values_GK), 1)
+    if normalise:
+        values = values - x_GV.logsumexp(-1, keepdim=True)
+    return ids, values, ranks_G
