@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from quire.ops.attention import AttentionMeta, GroupMeta, attention
 from quire.ops.cache import copy_pages, write_kv
@@ -153,3 +154,16 @@ def test_copy_pages_reads_before_it_writes() -> None:
     assert torch.equal(kv[:, 1], before[:, 0])
     assert torch.equal(kv[:, 2], before[:, 1])
     assert torch.equal(kv[:, 3], before[:, 3])
+
+
+def test_decodes_ask_the_device_for_nothing() -> None:
+    """Tensors without values go through: no host sync, every shape static, so a graph can capture it."""
+    world = World(4, ROWS[:4])
+    meta = world.meta(4)
+    meta.q_lens = meta.kv_lens = None
+    with FakeTensorMode() as mode:
+        fake = mode.from_tensor
+        group = GroupMeta(fake(world.group.block_tables_RP), fake(world.group.slots_T))
+        meta.lengths_R, meta.cu_q = fake(meta.lengths_R), fake(meta.cu_q)
+        got = attention(fake(world.q), fake(world.k), fake(world.v), fake(world.kv), group, meta, 0.5, window=3)
+    assert got.shape == world.q.shape

@@ -11,7 +11,9 @@ from typing import Any
 import parity_harness as harness
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from quire.layers.step import AttentionMeta, GroupMeta, Step
 from quire.loading import load_model
 
 LONG = {"original_max_position_embeddings": 64, "rope_theta": 10000.0}
@@ -157,3 +159,18 @@ def shift_positions(paged: harness.PagedRun) -> None:
 def test_the_check_fails_when_something_is_wrong(checkpoint: Callable[..., Path], arch: str, break_it: Any) -> None:
     overrides = {"sliding_window": 12} if arch == "mistral" else {}
     assert run(checkpoint(arch, **overrides), break_it=break_it) > 100 * harness.TOLERANCE
+
+
+@pytest.mark.parametrize("arch", ["llama", "qwen3", "opt", "gpt2"])
+def test_a_decode_step_asks_the_device_for_nothing(checkpoint: Callable[..., Path], arch: str) -> None:
+    """On tensors without values any host sync is an error, so what passes can be captured in a graph."""
+    config = harness.config_for(checkpoint(arch))
+    model = load_model(config, torch.device("cpu"))
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        rows = torch.zeros(3, dtype=torch.int64)
+        group = GroupMeta(torch.zeros(3, 2, dtype=torch.int32), rows)
+        meta = AttentionMeta(torch.arange(4), rows.int(), None, 1, 8, 3, (group,))
+        shape = (2, 9, 4, config.model.arch.num_kv_heads, config.model.arch.head_dim)
+        kv = [(0, torch.zeros(shape)) for _ in range(config.model.arch.num_layers)]
+        hidden = model(rows, rows, Step(rows, meta, kv))
+        assert model.compute_logits(hidden).shape == (3, config.model.arch.vocab_size)

@@ -23,7 +23,7 @@ def write_kv(k_TKE: Tensor, v_TKE: Tensor, kv: Tensor, slots_T: Tensor) -> None:
     first = torch.argmax(written_T.to(torch.uint8))
     source_T = torch.where(written_T, torch.arange(slots_T.shape[0], device=slots_T.device), first)
     target_T = slots_T[source_T].clamp(min=0)
-    any_written = written_T[first]
+    any_written = written_T.any()
     for pages, new_TKE in ((kv[0], k_TKE), (kv[1], v_TKE)):
         flat = pages.view(-1, *pages.shape[2:])
         flat[target_T] = torch.where(any_written, new_TKE[source_T].to(flat.dtype), flat[:1])
