@@ -1,0 +1,154 @@
+"""`quire chat`: a conversation in the terminal, answers streaming, the engine in this process.
+
+Owns: the conversation and the terminal. The engine is driven a step at a time, so Ctrl-C ends an answer, not the
+program.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from quire.cli import flags
+from quire.config.args import EngineArgs
+from quire.types.errors import ClientError
+from quire.utils.logging import setup_logging
+
+if TYPE_CHECKING:
+    from quire.engine.llm_engine import LLMEngine
+    from quire.types.params import SamplingParams
+
+HELP = "/clear forgets the conversation, /exit (or Ctrl-D) leaves, Ctrl-C ends an answer"
+
+
+@click.command(cls=flags.Command, context_settings=flags.CONTEXT)
+@click.option("--system", help="System message that opens the conversation.")
+@click.option("--message", "messages", multiple=True, help="Say this and leave after the answer; may be repeated.")
+@flags.sampling_options
+@flags.options_of(EngineArgs)
+def command(system: str | None, messages: tuple[str, ...], **values: Any) -> None:
+    """Talk with a model. Answers stream as they are made."""
+    kwargs = flags.engine_kwargs(values, **flags.quiet())
+    setup_logging(kwargs.get("log_level"))
+    with flags.user_errors():
+        from quire.config.resolve import resolve
+        from quire.engine.llm_engine import LLMEngine
+        from quire.types.params import RequestOutputKind, SamplingParams
+
+        config = resolve(EngineArgs(**kwargs))
+        defaults = SamplingParams(**config.model.generation_config)
+        params = flags.sampling_params(values, defaults, max_tokens=512)
+        if params.n != 1:
+            raise click.UsageError("a conversation has one answer at a time: leave --n at 1")
+        params.output_kind = RequestOutputKind.DELTA
+        engine = LLMEngine(config)
+        if engine.tokenizer is None:
+            raise click.UsageError("a conversation needs a tokenizer: leave out --skip-tokenizer-init")
+        try:
+            chat = Conversation(engine, params, system)
+            if messages:
+                for text in messages:
+                    click.echo(f"> {text}")
+                    answer(chat, text)
+            else:
+                loop(chat, config.model.model)
+        finally:
+            engine.shutdown()
+
+
+class Conversation:
+    """The messages so far. `say` adds the user's and streams the model's."""
+
+    def __init__(self, engine: LLMEngine, params: SamplingParams, system: str | None = None) -> None:
+        self._engine, self._params, self._system = engine, params, system
+        self._count = 0
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget everything but the system message."""
+        self.messages: list[dict[str, str]] = [{"role": "system", "content": self._system}] if self._system else []
+
+    def say(self, text: str) -> Iterator[str]:
+        """The answer, piece by piece. Closing the iterator, or an exception in its consumer, ends the request; what
+        was said till then stays in the conversation. Errors: `ClientError` where the conversation cannot be asked
+        (too long, say): it is then as it was before."""
+        from quire.engine.chat import render_chat
+
+        engine = self._engine
+        assert engine.tokenizer is not None
+        self.messages.append({"role": "user", "content": text})
+        self._count += 1
+        request, said, done = f"chat-{self._count}", "", False
+        try:
+            prompt = render_chat(engine.tokenizer, self.messages, chat_template=engine.config.model.chat_template)
+            ids = engine.tokenizer.encode(prompt, add_special_tokens=False)
+            engine.add_request(request, {"prompt_token_ids": ids}, self._params)
+        except ClientError:
+            self.messages.pop()
+            raise
+        try:
+            while not done:
+                for output in engine.step():
+                    piece, done = output.outputs[0].text, output.finished
+                    said += piece
+                    if piece:
+                        yield piece
+        finally:
+            if not done:
+                engine.abort_request(request)
+                engine.drain()
+            self.messages.append({"role": "assistant", "content": said})
+
+
+def answer(chat: Conversation, text: str) -> None:
+    """Print the answer as it comes; Ctrl-C ends it."""
+    stream = chat.say(text)
+    try:
+        for piece in stream:
+            click.echo(piece, nl=False)
+            sys.stdout.flush()
+    except KeyboardInterrupt:
+        stream.close()  # pyright: ignore[reportAttributeAccessIssue]
+        click.echo(" [ended]", nl=False)
+    click.echo()
+
+
+def loop(chat: Conversation, model: str) -> None:
+    """Read, answer, until the input ends."""
+    terminal = sys.stdin.isatty()
+    if terminal:
+        _line_editing()
+        click.echo(f"{model}: {HELP}", err=True)
+    while True:
+        try:
+            text = input("> " if terminal else "").strip()
+        except EOFError:
+            return
+        except KeyboardInterrupt:
+            click.echo()
+            continue
+        match text:
+            case "":
+                continue
+            case "/exit" | "/quit":
+                return
+            case "/clear":
+                chat.clear()
+            case "/help":
+                click.echo(HELP)
+            case _:
+                try:
+                    answer(chat, text)
+                except ClientError as e:
+                    click.echo(f"{e} (/clear forgets the conversation)", err=True)
+
+
+def _line_editing() -> None:
+    """Arrow keys and history in `input`, where the platform has readline."""
+    try:
+        import readline  # noqa: F401  # pyright: ignore[reportUnusedImport]
+    except ImportError:
+        return

@@ -1,0 +1,5 @@
+"""quire's version. Owns the one place where it is written: pyproject.toml reads it from here."""
+
+from __future__ import annotations
+
+VERSION = "0.1.0"
