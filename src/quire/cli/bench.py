@@ -105,11 +105,12 @@ def latency(
     llm, kwargs, vocab = make_llm(values)
     draw = random.Random(kwargs.get("seed") or 0)
     seconds: list[float] = []
+    made = num_prompts * output_len
     with flags.user_errors():
         for i in range(num_iters_warmup + num_iters):
             # New prompts for each run: the prefix cache would answer the old ones.
             prompts = [random_prompt(draw, vocab, input_len) for _ in range(num_prompts)]
-            elapsed, _, made = run(llm, prompts, [output_len] * num_prompts)
+            elapsed, *_ = run(llm, prompts, [output_len] * num_prompts)
             if i >= num_iters_warmup:
                 seconds.append(elapsed)
     mean = statistics.fmean(seconds)

@@ -21,8 +21,8 @@ from quire.utils.logging import setup_logging
 
 @click.command(cls=flags.Command, context_settings=flags.CONTEXT)
 @click.argument("prompts", nargs=-1)
-@click.option("-f", "--file", "files", multiple=True, help="Read prompts from a file (- is standard input): one a line, "
-              'or, from a .jsonl file, a string or {"prompt": ...} a line.')  # fmt: skip
+@click.option("-f", "--file", "files", multiple=True, help="Prompts from a file (- is standard input), one a line; "
+              'from a .jsonl file, a string or {"prompt": ...} a line.')  # fmt: skip
 @click.option("--chat/--no-chat", default=False, help="Give each prompt to the model as a user's message.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object a line: prompt, outputs, token ids.")
 @click.option("--progress/--no-progress", default=None, help="Progress bar; by default where there is a terminal.")

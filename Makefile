@@ -1,0 +1,54 @@
+# Each verb sets up what it needs, in .venv. CI calls these very verbs (.ci/run).
+#   make demo    generate with the bundled model
+#   make test    the tests, on both cores (ARGS="-k words" passes options to pytest)
+#   make check   ruff, pyright, the layer contract
+#   make bench   throughput, latency and start-up of the bundled model on this machine
+#   make docs    write the generated pages, check links
+#   make soak    the random-workload tests, many more examples
+#   make clean   remove .venv and caches
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+ARGS ?=
+# Python files that are not in src.
+REST := $(wildcard tests examples benchmarks tools docs)
+
+.PHONY: demo test check bench docs soak clean setup
+
+# One pip command, so that torch is resolved once, to the version in constraints.txt.
+$(STAMP): pyproject.toml constraints.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,test]'
+	@touch $@
+
+setup: $(STAMP)
+
+demo: $(STAMP)
+	$(BIN)/quire generate --chat --progress --temperature 0 --file examples/prompts.txt
+
+test: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)
+
+check: $(STAMP)
+	$(BIN)/ruff check src $(REST)
+	$(BIN)/ruff format --check src $(REST)
+	$(BIN)/pyright
+	$(BIN)/lint-imports --no-cache
+
+bench: $(STAMP)
+	@for script in $(wildcard benchmarks/core/*.py); do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+	$(BIN)/quire bench throughput $(ARGS)
+	$(BIN)/quire bench latency $(ARGS)
+	$(BIN)/quire bench startup $(ARGS)
+
+docs: $(STAMP)
+	$(BIN)/python docs/generate.py
+
+soak: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --hypothesis-profile=soak $(wildcard tests/sim) $(wildcard tests/core) $(ARGS)
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis .import_linter_cache build dist
+	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
