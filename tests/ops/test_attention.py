@@ -112,9 +112,9 @@ def test_equals_the_dense_meaning(rule: dict[str, Any], num_decodes: int) -> Non
     assert torch.allclose(got, expected, atol=2e-6)
 
 
-def test_long_rows_are_cut_into_slices(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_much_work_is_cut_into_slices(monkeypatch: pytest.MonkeyPatch) -> None:
     world = World(4, ROWS)
-    monkeypatch.setattr("quire.ops.attention.reference._MAX_SCORES", 4 * 32 * 3)
+    monkeypatch.setattr("quire.ops.attention.reference._MAX_NUMBERS", 32 * K * E * 3)
     got = attention(world.q, world.k, world.v, world.kv, world.group, world.meta(4), 0.5)
     assert torch.allclose(got, world.expected(scale=0.5), atol=2e-6)
 

@@ -14,8 +14,9 @@ from torch import Tensor
 from quire.ops.attention.meta import AttentionMeta, GroupMeta
 from quire.ops.cache import write_kv
 
-# Scores of one slice of a long row stay below this many numbers, so that memory does not grow with its square.
-_MAX_SCORES = 1 << 24
+# A slice of the work (queries of a long row, rows among the decodes) makes at most about this many numbers at a time, so
+# that memory grows neither with the square of a length nor with rows x the longest.
+_MAX_NUMBERS = 1 << 24
 
 
 def attention(
@@ -40,8 +41,10 @@ def attention(
     n = meta.num_decodes
     rule = _Rule(scale, window, softcap, slopes_H)
     out_THE = torch.zeros_like(q_THE)
-    if n:
-        out_THE[:n] = _decodes(q_THE[:n], kv, group, meta, rule)
+    width = max(1, _MAX_NUMBERS // (max(meta.max_len, 1) * kv.shape[3] * kv.shape[4]))
+    for at in range(0, n, width):
+        rows = slice(at, min(n, at + width))
+        out_THE[rows] = _decodes(q_THE[rows], kv, group, meta, rows, rule)
     if meta.q_lens is None:
         return out_THE
     start = n
@@ -76,14 +79,14 @@ class _Rule:
         return torch.softmax(scores, dim=-1).masked_fill(~seen, 0.0)
 
 
-def _decodes(q_RHE: Tensor, kv: Tensor, group: GroupMeta, meta: AttentionMeta, rule: _Rule) -> Tensor:
-    """The rows of one token in one batched gather: static shapes, no host sync."""
+def _decodes(q_RHE: Tensor, kv: Tensor, group: GroupMeta, meta: AttentionMeta, these: slice, rule: _Rule) -> Tensor:
+    """Rows of one token in one batched gather: static shapes, no host sync."""
     rows, heads, size = q_RHE.shape
     pages = meta.max_len // kv.shape[2]
-    tables = group.block_tables_RP[:rows, :pages].long().clamp(min=0)
+    tables = group.block_tables_RP[these, :pages].long().clamp(min=0)
     k_RKLE, v_RKLE = (pool[tables].flatten(1, 2).transpose(1, 2).float() for pool in (kv[0], kv[1]))
     q_RKGQE = q_RHE.float().view(rows, kv.shape[3], -1, 1, size)
-    i = (meta.lengths_R[:rows].long() - 1).view(rows, 1, 1, 1, 1)
+    i = (meta.lengths_R[these].long() - 1).view(rows, 1, 1, 1, 1)
     j = torch.arange(k_RKLE.shape[2], device=q_RHE.device)
     probs = rule(q_RKGQE @ k_RKLE.unsqueeze(2).transpose(-1, -2), i, j)
     # A page may hold anything behind its last written token, and 0 * nan is nan.
@@ -104,7 +107,7 @@ def _row(q_QHE: Tensor, kv: Tensor, group: GroupMeta, meta: AttentionMeta, row: 
     q_KGQE = q_QHE.float().view(count, kv.shape[3], -1, size).permute(1, 2, 0, 3)
     i_Q = length - count + torch.arange(count, device=q_QHE.device)
     out_KGQE = torch.empty_like(q_KGQE)
-    width = max(1, _MAX_SCORES // (heads * j.shape[0]))
+    width = max(1, _MAX_NUMBERS // (heads * j.shape[0]))
     for at in range(0, count, width):
         part = slice(at, at + width)
         scores = q_KGQE[:, :, part] @ k_KLE.unsqueeze(1).transpose(-1, -2)
