@@ -14,7 +14,7 @@ from torch import Tensor
 from quire.ops.attention.meta import AttentionMeta, GroupMeta
 from quire.ops.cache import write_kv
 
-# A slice of the work (queries of a long row, rows among the decodes) makes at most about this many numbers at a time, so
+# A slice of the work (queries of a long row, rows among the decodes) makes about this many numbers at the most, so
 # that memory grows neither with the square of a length nor with rows x the longest.
 _MAX_NUMBERS = 1 << 24
 
