@@ -6,7 +6,6 @@ import json
 from functools import cache
 from pathlib import Path
 
-from quire.engine.tokenizer import FastTokenizer
 from tokenizers import (
     AddedToken,
     Tokenizer,
@@ -17,6 +16,8 @@ from tokenizers import (
     processors,
     trainers,
 )
+
+from quire.engine.tokenizer import FastTokenizer
 
 TEXT = [
     "The capital of France is Paris. The capital of Italy is Rome.",
@@ -39,7 +40,8 @@ def _byte_level() -> Tokenizer:
     t.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     t.train_from_iterator(
-        TEXT, trainers.BpeTrainer(vocab_size=420, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False)
+        TEXT,
+        trainers.BpeTrainer(vocab_size=420, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False),
     )
     return t
 
@@ -54,7 +56,8 @@ def _llama() -> Tokenizer:
     )
     ascii_only = [line for line in TEXT if line.isascii()]
     t.train_from_iterator(
-        ascii_only, trainers.BpeTrainer(vocab_size=400, special_tokens=["<unk>", *SPECIAL, *pieces], show_progress=False)
+        ascii_only,
+        trainers.BpeTrainer(vocab_size=400, special_tokens=["<unk>", *SPECIAL, *pieces], show_progress=False),
     )
     spec = json.loads(t.to_str())
     spec["added_tokens"] = [a for a in spec["added_tokens"] if a["content"] not in pieces]

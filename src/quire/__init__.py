@@ -1,0 +1,57 @@
+"""quire: an LLM inference engine with vLLM's interface.
+
+Owns: the public names, loaded when they are first used, so that `import quire` takes a moment and no torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from quire.utils.version import VERSION as __version__
+
+if TYPE_CHECKING:
+    from quire.config.args import EngineArgs
+    from quire.engine.async_engine import AsyncLLM
+    from quire.llm import LLM
+    from quire.models.registry import ModelRegistry
+    from quire.types.outputs import CompletionOutput, RequestOutput
+    from quire.types.params import BeamSearchParams, SamplingParams
+    from quire.types.prompts import TextPrompt, TokensPrompt
+
+_HOMES = {
+    "AsyncLLM": "quire.engine.async_engine",
+    "BeamSearchParams": "quire.types.params",
+    "CompletionOutput": "quire.types.outputs",
+    "EngineArgs": "quire.config.args",
+    "LLM": "quire.llm",
+    "ModelRegistry": "quire.models.registry",
+    "RequestOutput": "quire.types.outputs",
+    "SamplingParams": "quire.types.params",
+    "TextPrompt": "quire.types.prompts",
+    "TokensPrompt": "quire.types.prompts",
+}
+
+__all__ = [
+    "LLM",
+    "AsyncLLM",
+    "BeamSearchParams",
+    "CompletionOutput",
+    "EngineArgs",
+    "ModelRegistry",
+    "RequestOutput",
+    "SamplingParams",
+    "TextPrompt",
+    "TokensPrompt",
+    "__version__",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'quire' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,287 @@
+"""The engine for programs with an event loop: `AsyncLLM`.
+
+Owns: one thread that steps the engine, and one queue for each request, by which outputs reach the event loop that
+asked. All work on the engine happens in that thread, in the order in which it was posted; only prompts are checked and
+tokenized where they come in, so that a bad one raises for its caller alone. Knows no HTTP.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import threading
+from collections.abc import AsyncGenerator, Callable, Iterable
+from concurrent.futures import Future
+from typing import Any, TypeVar
+
+from quire.config.args import EngineArgs
+from quire.config.resolve import resolve
+from quire.engine.inputs import Draft, Params
+from quire.engine.llm_engine import LLMEngine
+from quire.types.errors import ClientError, EngineError, QuireError
+from quire.types.outputs import RequestOutput
+from quire.types.params import SamplingParams
+from quire.types.prompts import PromptType
+from quire.types.stats import EngineStats
+from quire.utils.logging import setup_logging
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+class _Stream:
+    """Where one request's outputs go. `id` is the core's; a name may be used again, an id never."""
+
+    def __init__(self, id: str, name: str) -> None:
+        self.id, self.name = id, name
+        self.loop = asyncio.get_running_loop()
+        self.queue: asyncio.Queue[RequestOutput | Exception] = asyncio.Queue()
+
+
+class AsyncLLM:
+    """An engine behind async generators.
+
+    Several event loops and many tasks may use it at once. It holds a thread and the model until `shutdown`.
+    """
+
+    def __init__(self, engine_args: EngineArgs | None = None, *, engine: LLMEngine | None = None) -> None:
+        """`engine`: one that was made already, instead of arguments for making one; its steps are then taken here."""
+        if engine is None:
+            args = engine_args or EngineArgs()
+            setup_logging(args.log_level)
+            engine = LLMEngine(resolve(args, usage="server"))
+        self._engine = engine
+        self._wake = threading.Condition()
+        self._inbox: list[Callable[[], None]] = []
+        self._streams: dict[str, _Stream] = {}
+        self._calls: set[Future[Any]] = set()
+        self._stopping = False
+        self._error: Exception | None = None
+        self._ids = itertools.count()
+        self._thread = threading.Thread(target=self._run, name="quire-engine", daemon=True)
+        self._thread.start()
+
+    @classmethod
+    def from_engine_args(cls, engine_args: EngineArgs) -> AsyncLLM:
+        return cls(engine_args)
+
+    async def generate(
+        self,
+        prompt: PromptType,
+        sampling_params: Params | None = None,
+        request_id: str | None = None,
+        *,
+        priority: int = 0,
+        lora_request: Any = None,
+        add_special_tokens: bool = True,
+    ) -> AsyncGenerator[RequestOutput]:
+        """The outputs of one request as they come, the last with `finished=True`.
+
+        Leaving the loop (or cancelling the task) aborts the request. Raises ClientError for a bad request, EngineError
+        where the engine failed or the request's own work did.
+        """
+        params = sampling_params or self.get_default_sampling_params()
+        (draft,) = self._engine.inputs.drafts(
+            [prompt], [params], lora_request=lora_request, add_special_tokens=add_special_tokens
+        )
+        stream = self._submit(draft, request_id, priority)
+        over = False
+        try:
+            while not over:
+                item = await stream.queue.get()
+                over = isinstance(item, Exception) or item.finished
+                if isinstance(item, Exception):
+                    raise item
+                yield item
+        finally:
+            if not over:
+                self._post(lambda: self._abort(stream))
+
+    async def abort(self, request_id: str | Iterable[str]) -> None:
+        """End requests by name. Who waits for them gets a last output, with the finish reason "abort"."""
+        names = [request_id] if isinstance(request_id, str) else list(request_id)
+
+        def work() -> None:
+            for name in names:
+                if (stream := self._streams.get(name)) is not None:
+                    self._abort(stream)
+
+        await self._call(work)
+
+    async def stats(self) -> EngineStats:
+        return await self._call(lambda: self._engine.stat_logger.stats)
+
+    async def reset_prefix_cache(self) -> bool:
+        return await self._call(self._engine.client.reset_prefix_cache)
+
+    async def get_tokenizer(self) -> Any:
+        return await asyncio.to_thread(self._engine.get_tokenizer)
+
+    async def check_health(self) -> None:
+        """Raises EngineError if the engine cannot answer any more."""
+        with self._wake:
+            if self._error is not None:
+                raise _copy(self._error)
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        return SamplingParams.from_optional(**self._engine.config.model.generation_config)
+
+    @property
+    def engine(self) -> LLMEngine:
+        """The engine itself, for reading its configuration and tokenizer; its steps belong to the thread."""
+        return self._engine
+
+    @property
+    def is_running(self) -> bool:
+        return self._error is None
+
+    def shutdown(self, timeout: float | None = 30.0) -> None:
+        """End all requests (their callers get EngineError), stop the thread and release the model. May be repeated."""
+        with self._wake:
+            self._stopping = True
+            self._wake.notify()
+        if threading.current_thread() is not self._thread:
+            self._thread.join(timeout)
+
+    def _submit(self, draft: Draft, name: str | None, priority: int) -> _Stream:
+        number = next(self._ids)
+        name = f"request-{number}" if name is None else name
+        stream = _Stream(f"{name}#{number}", name)
+        with self._wake:
+            if self._error is not None:
+                raise _copy(self._error)
+            if name in self._streams:
+                raise ClientError(f"request id {name!r} is already in use", "request_id", name)
+            self._streams[name] = stream
+            self._inbox.append(lambda: self._add(stream, draft, priority))
+            self._wake.notify()
+        return stream
+
+    def _post(self, work: Callable[[], None]) -> None:
+        """Have `work` done in the engine's thread; dropped if that has ended."""
+        with self._wake:
+            if self._error is None:
+                self._inbox.append(work)
+                self._wake.notify()
+
+    async def _call(self, function: Callable[[], T]) -> T:
+        """The result of `function`, called in the engine's thread."""
+        future: Future[T] = Future()
+
+        def work() -> None:
+            try:
+                future.set_result(function())
+            except Exception as e:
+                future.set_exception(e)
+            with self._wake:
+                self._calls.discard(future)
+
+        with self._wake:
+            if self._error is not None:
+                raise _copy(self._error)
+            self._calls.add(future)
+            self._inbox.append(work)
+            self._wake.notify()
+        return await asyncio.shield(asyncio.wrap_future(future))
+
+    # From here on: in the engine's thread.
+
+    def _run(self) -> None:
+        error: Exception = EngineError("the engine was shut down")
+        try:
+            while self._work():
+                if self._engine.has_work:
+                    self._deliver(self._engine.step())
+        except Exception as e:
+            logger.exception("the engine failed")
+            error = EngineError(f"the engine failed: {type(e).__name__}: {e}")
+            error.__cause__ = e
+        self._close(error)
+        try:
+            self._engine.shutdown()
+        except Exception:
+            logger.exception("the engine did not shut down cleanly")
+
+    def _work(self) -> bool:
+        """Do what was posted, waiting for it if there is nothing else; False when it is time to stop."""
+        idle = not self._engine.has_work
+        with self._wake:
+            while idle and not self._inbox and not self._stopping:
+                self._wake.wait()
+            inbox, self._inbox = self._inbox, []
+            stopping = self._stopping
+        if not stopping:
+            for work in inbox:
+                work()
+        return not stopping
+
+    def _add(self, stream: _Stream, draft: Draft, priority: int) -> None:
+        try:
+            self._engine.add(draft, stream.id, priority, stream.name)
+        except QuireError as e:  # the core refused it: say, a pool too small for its prompt
+            with self._wake:
+                self._streams.pop(stream.name, None)
+            self._hand_over(stream.loop, [(stream, e)])
+
+    def _abort(self, stream: _Stream) -> None:
+        if self._streams.get(stream.name) is stream:  # else it has ended meanwhile, and the name may be another's
+            self._deliver(self._engine.abort_request(stream.id))
+
+    def _deliver(self, outputs: list[RequestOutput]) -> None:
+        """Hand outputs over: one call for each event loop, however many requests it waits for."""
+        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[_Stream, RequestOutput | Exception]]] = {}
+        for output in outputs:
+            with self._wake:
+                stream = self._streams.pop(output.request_id) if output.finished else self._streams[output.request_id]
+            failed = next((o for o in output.outputs if o.finish_reason == "error"), None)
+            if failed is not None:
+                item: RequestOutput | Exception = EngineError(f"request {output.request_id!r}: {failed.stop_reason}")
+                if not output.finished:
+                    self._engine.abort_request(stream.id)
+                    with self._wake:
+                        del self._streams[stream.name]
+            else:
+                item = output
+            by_loop.setdefault(stream.loop, []).append((stream, item))
+        for loop, items in by_loop.items():
+            self._hand_over(loop, items)
+
+    def _hand_over(
+        self, loop: asyncio.AbstractEventLoop, items: list[tuple[_Stream, RequestOutput | Exception]]
+    ) -> None:
+        def put() -> None:
+            for stream, item in items:
+                stream.queue.put_nowait(item)
+
+        try:
+            loop.call_soon_threadsafe(put)
+        except RuntimeError:  # the loop was closed: nobody waits any more
+            ids = [stream.id for stream, _ in items]
+            with self._wake:
+                for stream, _ in items:
+                    self._streams.pop(stream.name, None)
+            self._engine.abort_request(ids)
+
+    def _close(self, error: Exception) -> None:
+        """Nothing is answered any more: everyone who waits is told."""
+        with self._wake:
+            self._error = error
+            streams, calls = list(self._streams.values()), list(self._calls)
+            self._streams.clear()
+            self._calls.clear()
+        for future in calls:
+            if not future.done():
+                future.set_exception(_copy(error))
+        for stream in streams:
+            try:
+                stream.loop.call_soon_threadsafe(stream.queue.put_nowait, _copy(error))
+            except RuntimeError:  # its event loop was closed
+                logger.debug("request %s had no event loop left", stream.name)
+
+
+def _copy(error: Exception) -> Exception:
+    """The same error for another caller: a raised exception collects the traceback of one."""
+    new = EngineError(str(error))
+    new.__cause__ = error.__cause__
+    return new

@@ -1,0 +1,432 @@
+"""The offline interface: `LLM`, with vLLM's methods and argument names.
+
+Owns: batches of prompts from submission to ordered results, progress bars, and what Ctrl-C means in between. The engine
+runs in the caller's thread. Knows no scheduling and no tensors.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import TracebackType
+from typing import Any
+
+from quire.config.args import EngineArgs
+from quire.config.resolve import resolve
+from quire.engine.chat import Message, load_template, render_chat
+from quire.engine.inputs import Params
+from quire.engine.llm_engine import LLMEngine
+from quire.engine.stat_logger import Metric
+from quire.types.errors import ClientError, EngineError
+from quire.types.outputs import BeamSearchOutput, BeamSearchSequence, RequestOutput
+from quire.types.params import BeamSearchParams, RequestOutputKind, SamplingParams
+from quire.types.prompts import PromptType
+from quire.utils.logging import setup_logging
+
+logger = logging.getLogger(__name__)
+
+UseTqdm = bool | Callable[..., Any]
+
+
+class LLM:
+    """A model, ready to generate.
+
+    `LLM(model, **engine_args)`: the arguments are those of `EngineArgs` (docs/configuration.md lists them), named as in
+    vLLM. `model` is a folder, a Hub id, or "demo", the bundled model. Raises ClientError for arguments that cannot be
+    met. Use it as a context manager, or call `close`, to release the model's memory early.
+    """
+
+    def __init__(self, model: str = "demo", *, disable_log_stats: bool = True, **engine_args: Any) -> None:
+        args = EngineArgs(model=model, disable_log_stats=disable_log_stats, **engine_args)
+        setup_logging(args.log_level)
+        self._use(LLMEngine(resolve(args)))
+
+    @classmethod
+    def from_engine_args(cls, engine_args: EngineArgs) -> LLM:
+        setup_logging(engine_args.log_level)
+        return cls.from_engine(LLMEngine(resolve(engine_args)))
+
+    @classmethod
+    def from_engine(cls, engine: LLMEngine) -> LLM:
+        """Around an engine that was made already."""
+        llm = cls.__new__(cls)
+        llm._use(engine)
+        return llm
+
+    def _use(self, engine: LLMEngine) -> None:
+        self.llm_engine = engine
+        self._numbers = itertools.count()
+        self._enqueued: list[str] = []
+        self._done: dict[str, RequestOutput] = {}
+
+    def generate(
+        self,
+        prompts: PromptType | Sequence[PromptType] | None = None,
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: UseTqdm = True,
+        lora_request: Any = None,
+        priority: Sequence[int] | None = None,
+        prompt_token_ids: Sequence[int] | Sequence[Sequence[int]] | None = None,
+        tokenization_kwargs: Mapping[str, Any] | None = None,
+        mm_processor_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[RequestOutput]:
+        """Generate for each prompt; results come in the order of the prompts.
+
+        Args:
+            prompts: text, token ids, a `TextPrompt` or `TokensPrompt`, or a list of these.
+            sampling_params: for all prompts, or one for each; by default `get_default_sampling_params()`.
+            use_tqdm: show a progress bar; or a callable to make it, with tqdm's arguments.
+            priority: one number for each prompt; the lower, the earlier (with scheduling_policy="priority").
+            prompt_token_ids: instead of `prompts`; an older spelling.
+            tokenization_kwargs: `add_special_tokens` (default True).
+
+        Raises:
+            ClientError: something is wrong with a prompt or its parameters; then none has been started.
+        """
+        if mm_processor_kwargs:
+            raise ClientError("mm_processor_kwargs is not supported yet: leave it out", "mm_processor_kwargs")
+        if prompt_token_ids is not None:
+            if prompts is not None:
+                raise ClientError("give prompts or prompt_token_ids, not both", "prompt_token_ids")
+            prompts = prompt_token_ids  # type: ignore[assignment]
+        if prompts is None:
+            raise ClientError("prompts is missing", "prompts")
+        special = _add_special_tokens(tokenization_kwargs)
+        return self._batch(_listed(prompts), sampling_params, use_tqdm, lora_request, priority, special)
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: UseTqdm = True,
+        lora_request: Any = None,
+        priority: Sequence[int] | None = None,
+        chat_template: str | None = None,
+        chat_template_content_format: str = "auto",
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: Sequence[Any] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[RequestOutput]:
+        """Generate the next message of a conversation, or of each in a list of conversations.
+
+        A message is a dict with `role` and `content` (text, or a list of text parts). `chat_template`: Jinja source or
+        a file, instead of the tokenizer's. `tools`: descriptions handed to the template. See `generate` for the rest.
+        """
+        prompts = self._render(
+            messages,
+            chat_template,
+            chat_template_content_format,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            tools=tools,
+            template_kwargs=chat_template_kwargs,
+        )
+        return self._batch(prompts, sampling_params, use_tqdm, lora_request, priority, add_special_tokens=False)
+
+    def beam_search(
+        self,
+        prompts: PromptType | Sequence[PromptType],
+        params: BeamSearchParams,
+        lora_request: Any = None,
+        use_tqdm: UseTqdm = False,
+        concurrency_limit: int | None = None,
+        priority: Sequence[int] | None = None,
+    ) -> list[BeamSearchOutput]:
+        """The `params.beam_width` best continuations of each prompt, best first. `tokens` and `text` of a beam include
+        the prompt. `concurrency_limit`: most prompts at a time."""
+        if not isinstance(params, BeamSearchParams):
+            raise ClientError(f"params must be BeamSearchParams, got {type(params).__name__}", "params", params)
+        if concurrency_limit is not None and concurrency_limit < 1:
+            text = f"concurrency_limit must be at least 1, got {concurrency_limit}"
+            raise ClientError(text, "concurrency_limit", concurrency_limit)
+        listed = _listed(prompts)
+        _one_each(priority, listed, "priority")
+        size = concurrency_limit or max(1, len(listed))
+        outputs: list[RequestOutput] = []
+        for i in range(0, len(listed), size):
+            some = None if priority is None else priority[i : i + size]
+            outputs += self._batch(listed[i : i + size], params, use_tqdm, lora_request, some, True)
+        return [_beams(output) for output in outputs]
+
+    def enqueue(
+        self,
+        prompts: PromptType | Sequence[PromptType],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        lora_request: Any = None,
+        priority: Sequence[int] | None = None,
+        tokenization_kwargs: Mapping[str, Any] | None = None,
+        use_tqdm: UseTqdm = True,
+    ) -> list[str]:
+        """Submit prompts without waiting; answers their request ids. See `wait_for_completion`."""
+        special = _add_special_tokens(tokenization_kwargs)
+        ids = self._submit(_listed(prompts), sampling_params, lora_request, priority, special)
+        self._enqueued += ids
+        return ids
+
+    def enqueue_chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        lora_request: Any = None,
+        priority: Sequence[int] | None = None,
+        chat_template: str | None = None,
+        chat_template_content_format: str = "auto",
+        **template: Any,
+    ) -> list[str]:
+        """As `enqueue`, for conversations; see `chat`."""
+        prompts = self._render(messages, chat_template, chat_template_content_format, **template)
+        ids = self._submit(prompts, sampling_params, lora_request, priority, add_special_tokens=False)
+        self._enqueued += ids
+        return ids
+
+    def wait_for_completion(self, output_type: type | None = None, *, use_tqdm: UseTqdm = True) -> list[RequestOutput]:
+        """The results of everything enqueued so far, in the order in which it was."""
+        with _Interrupts() as interrupts:
+            ids, self._enqueued = self._enqueued, []
+            return self._wait(ids, use_tqdm, interrupts)
+
+    def get_tokenizer(self) -> Any:
+        """The model's tokenizer, as an object of Transformers."""
+        return self.llm_engine.get_tokenizer()
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """What the model's generation_config.json says, on top of the defaults."""
+        return SamplingParams.from_optional(**self.llm_engine.config.model.generation_config)
+
+    def get_metrics(self) -> list[Metric]:
+        return self.llm_engine.stat_logger.metrics()
+
+    def get_world_size(self, include_dp: bool = True) -> int:
+        """Devices in use; `include_dp` counts those of data-parallel replicas too."""
+        parallel = self.llm_engine.config.parallel
+        return parallel.world_size * (parallel.data_parallel_size if include_dp else 1)
+
+    def reset_prefix_cache(self, reset_running_requests: bool = False, reset_connector: bool = False) -> bool:
+        """Forget cached prefixes; False if requests in flight prevent it."""
+        if reset_running_requests or reset_connector:
+            raise ClientError("reset_running_requests and reset_connector are not supported yet", "reset_prefix_cache")
+        return self.llm_engine.client.reset_prefix_cache()
+
+    def close(self) -> None:
+        """Release the model. The object cannot be used after it."""
+        self.llm_engine.shutdown()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, e: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def _render(
+        self, messages: Sequence[Any], template: str | None, content_format: str, **options: Any
+    ) -> list[PromptType]:
+        if not messages:
+            raise ClientError("the conversation has no messages", "messages", messages)
+        tokenizer = self.llm_engine.tokenizer
+        if tokenizer is None:
+            raise ClientError("chat needs a tokenizer, and skip_tokenizer_init=True: use generate", "messages")
+        template = template or self.llm_engine.config.model.chat_template
+        if template is not None and template not in tokenizer.chat_templates:
+            template = load_template(template)
+        conversations: Iterable[Any] = [messages] if isinstance(messages[0], Mapping) else messages
+        return [
+            render_chat(tokenizer, c, chat_template=template, content_format=content_format, **options)
+            for c in conversations
+        ]
+
+    def _batch(
+        self,
+        prompts: Sequence[PromptType],
+        params: Params | Sequence[Params] | None,
+        use_tqdm: UseTqdm,
+        lora_request: Any,
+        priority: Sequence[int] | None,
+        add_special_tokens: bool,
+    ) -> list[RequestOutput]:
+        with _Interrupts() as interrupts:
+            ids = self._submit(prompts, params, lora_request, priority, add_special_tokens)
+            return self._wait(ids, use_tqdm, interrupts)
+
+    def _submit(
+        self,
+        prompts: Sequence[PromptType],
+        params: Params | Sequence[Params] | None,
+        lora_request: Any,
+        priority: Sequence[int] | None,
+        add_special_tokens: bool,
+    ) -> list[str]:
+        """Check all prompts, then submit all; if anything goes wrong, nothing of them is left in the engine."""
+        if params is None:
+            params = self.get_default_sampling_params()
+        each = list(params) if isinstance(params, Sequence) else [params] * len(prompts)
+        for p in each:
+            if not isinstance(p, SamplingParams | BeamSearchParams):
+                raise ClientError(
+                    f"sampling_params must be SamplingParams, got {type(p).__name__}", "sampling_params", p
+                )
+        _one_each(each, prompts, "sampling_params")
+        _one_each(priority, prompts, "priority")
+        drafts = self.llm_engine.inputs.drafts(
+            prompts, each, lora_request=lora_request, add_special_tokens=add_special_tokens
+        )
+        ids: list[str] = []
+        try:
+            for i, draft in enumerate(drafts):
+                if isinstance(draft.params, SamplingParams):
+                    draft.params.output_kind = RequestOutputKind.FINAL_ONLY
+                ids.append(str(next(self._numbers)))
+                self.llm_engine.add(draft, ids[-1], priority[i] if priority is not None else 0)
+        except BaseException:
+            self._abort(ids)
+            raise
+        return ids
+
+    def _wait(self, ids: Sequence[str], use_tqdm: UseTqdm, interrupts: _Interrupts) -> list[RequestOutput]:
+        """Step until all of `ids` have ended. Others that end meanwhile are kept for those who ask for them."""
+        engine, waiting = self.llm_engine, {i for i in ids if i not in self._done}
+        bar = _Progress(use_tqdm, len(ids))
+        try:
+            for i in ids:
+                if i in self._done:
+                    bar.update(self._done[i])
+            while waiting:
+                interrupts.check()
+                if not engine.has_work:
+                    raise EngineError(f"the engine has no work left, but {len(waiting)} requests have no result")
+                for output in engine.step():
+                    self._done[output.request_id] = output
+                    if output.request_id in waiting:
+                        waiting.discard(output.request_id)
+                        bar.update(output)
+            if not engine.has_unfinished_requests():
+                engine.drain()  # tokens computed in vain, after a stop string
+        except BaseException:
+            self._abort(ids)
+            raise
+        finally:
+            bar.close()
+        outputs = [self._done.pop(i) for i in ids]
+        for output in outputs:
+            for completion in output.outputs:
+                if completion.finish_reason == "error":
+                    logger.error("request %s failed: %s", output.request_id, completion.stop_reason)
+        return outputs
+
+    def _abort(self, ids: Sequence[str]) -> None:
+        """Take requests out of the engine; the error that led here matters more than any that comes of it."""
+        try:
+            self.llm_engine.abort_request(ids)
+            if not self.llm_engine.has_unfinished_requests():
+                self.llm_engine.drain()
+        except Exception as e:
+            logger.warning("aborting %d requests failed: %s: %s", len(ids), type(e).__name__, e)
+        for i in ids:
+            self._done.pop(i, None)
+
+
+class _Progress:
+    """A bar that counts finished requests, with the rates of tokens in and out. Made by `use_tqdm`, if that is true."""
+
+    def __init__(self, use_tqdm: UseTqdm, total: int) -> None:
+        self._bar: Any = None
+        self._begin, self._tokens_in, self._tokens_out = time.perf_counter(), 0, 0
+        if not use_tqdm or not total:
+            return
+        if use_tqdm is True:
+            from tqdm.auto import tqdm as use_tqdm
+        text = "input: 0.00 toks/s, output: 0.00 toks/s"
+        self._bar = use_tqdm(total=total, desc="Processed prompts", dynamic_ncols=True, postfix=text)
+
+    def update(self, output: RequestOutput) -> None:
+        if self._bar is None:
+            return
+        self._tokens_in += len(output.prompt_token_ids)
+        self._tokens_out += sum(len(o.token_ids) for o in output.outputs)
+        seconds = max(time.perf_counter() - self._begin, 1e-9)
+        rates = f"input: {self._tokens_in / seconds:.2f} toks/s, output: {self._tokens_out / seconds:.2f} toks/s"
+        self._bar.set_postfix_str(rates, refresh=False)
+        self._bar.update(1)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+class _Interrupts:
+    """While it is entered, the first Ctrl-C is only noted, so that it cannot tear a step apart; `check` raises it
+    between steps. A second one interrupts at once. Does nothing outside the main thread, or where the program handles
+    the signal itself."""
+
+    def __init__(self) -> None:
+        self._noted = False
+        self._mine = False
+
+    def __enter__(self) -> _Interrupts:
+        main = threading.current_thread() is threading.main_thread()
+        if main and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            signal.signal(signal.SIGINT, self._note)
+            self._mine = True
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, e: BaseException | None, trace: TracebackType | None) -> None:
+        if self._mine:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        if kind is None:
+            self.check()
+
+    def _note(self, number: int, frame: Any) -> None:
+        if self._noted:
+            raise KeyboardInterrupt
+        self._noted = True
+
+    def check(self) -> None:
+        if self._noted:
+            raise KeyboardInterrupt
+
+
+def _listed(prompts: Any) -> list[Any]:
+    """A list of prompts; one prompt alone (a list of ints is one) becomes a list of one."""
+    if isinstance(prompts, str | Mapping) or hasattr(prompts, "tolist"):
+        return [prompts]
+    items = list(prompts)
+    return [items] if items and hasattr(items[0], "__index__") else items
+
+
+def _one_each(values: Sequence[Any] | None, prompts: Sequence[Any], name: str) -> None:
+    if values is not None and len(values) != len(prompts):
+        text = f"{name} has {len(values)} entries for {len(prompts)} prompts: give one for each"
+        raise ClientError(text, name, len(values))
+
+
+def _add_special_tokens(kwargs: Mapping[str, Any] | None) -> bool:
+    for name in kwargs or ():
+        if name != "add_special_tokens":
+            text = (
+                f"tokenization_kwargs: {name!r} is not supported; for lengths use SamplingParams.truncate_prompt_tokens"
+            )
+            raise ClientError(text, "tokenization_kwargs", name)
+    return bool((kwargs or {}).get("add_special_tokens", True))
+
+
+def _beams(output: RequestOutput) -> BeamSearchOutput:
+    prompt = output.prompt_token_ids
+    return BeamSearchOutput(
+        [
+            BeamSearchSequence(
+                tokens=[*prompt, *o.token_ids],
+                cum_logprob=o.cumulative_logprob or 0.0,
+                text=o.text,
+                finish_reason=o.finish_reason,
+                stop_reason=o.stop_reason,
+            )
+            for o in output.outputs
+        ]
+    )
