@@ -244,7 +244,9 @@ def drawing(params, logits, steps, state_sampler=None):
     state.add(new_row(1, params, eos=(0,)))
     out = []
     for n in range(steps):
-        sampled = sampler(torch.tensor(np.array([logits]), dtype=torch.float32), ints([1]), torch.tensor([3 + n]), state)
+        sampled = sampler(
+            torch.tensor(np.array([logits]), dtype=torch.float32), ints([1]), torch.tensor([3 + n]), state
+        )
         state.append(ints([1]), sampled.tokens_S)
         out.append(int(sampled.finish().tokens[0, 0]))
     return out, state
@@ -288,19 +290,21 @@ def test_forks_copy_parameters_and_histories_and_then_part():
     state.retire(ints([1]))
     assert state.tokens(5)[1] == [5, 2, second]
     assert not state.needs[1] and state.params[1] is None
+    assert all(1 not in table for table in (state.counts, state.history, state.words))
 
 
 def test_a_row_number_used_again_keeps_nothing():
     sampler = Sampler(V, "cpu")
     state = sampler.new_state(2, 64)
-    state.add(new_row(0, params_of([[1]], temperature=0.0, logit_bias={2: 5.0}, allowed_token_ids=[2], **PENALISED)))
+    first = params_of([[1], [3, 4, 5]], temperature=0.0, logit_bias={2: 5.0}, allowed_token_ids=[2], **PENALISED)
+    state.add(new_row(0, first, prompt=[4, 5, 9, 1]))
     state.retire(ints([0]))
-    state.add(new_row(0, params_of(temperature=0.0, frequency_penalty=1.0), output=[9]))
+    state.add(new_row(0, params_of(temperature=0.0, frequency_penalty=1.0, logit_bias={20: 0.1}), output=[9]))
     logits = torch.zeros(1, V)
     logits[0, [1, 9, 8]] = torch.tensor([0.9, 1.8, 0.7])
     sampled = sampler(logits, ints([0]), torch.tensor([4]), state)
     assert sampled.finish().tokens[0, 0] == 1
-    assert state.needs[0] == Needs.PENALTIES | Needs.HISTORY
+    assert state.needs[0] == Needs.PENALTIES | Needs.HISTORY | Needs.EDITS
 
 
 def test_no_histories_unless_asked_for():
