@@ -20,7 +20,7 @@ REST := $(wildcard tests examples benchmarks tools docs)
 # One pip command, so that torch is resolved once, to the version in constraints.txt.
 $(STAMP): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,test]'
+	$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[dev,test]'
 	@touch $@
 
 setup: $(STAMP)

@@ -32,6 +32,16 @@ TINY_LLAMA: dict[str, Any] = {
 }
 
 
+def pytest_configure() -> None:
+    """Hypothesis: no deadline, since the machines that run this differ; `make soak` takes many more examples."""
+    from hypothesis import settings
+
+    settings.register_profile("quire", deadline=None)
+    settings.register_profile("soak", deadline=None, max_examples=2000)
+    if settings.get_current_profile_name() == "default":
+        settings.load_profile("quire")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests marked `gpu` are skipped where torch sees no CUDA device (torch is imported only if there are any)."""
     marked = [item for item in items if item.get_closest_marker("gpu")]

@@ -18,6 +18,7 @@ from typing import Any
 
 import click
 
+from quire import __version__
 from quire.cli import flags
 from quire.config.args import EngineArgs
 from quire.utils.logging import setup_logging
@@ -224,13 +225,12 @@ def summary(seconds: Sequence[float]) -> dict[str, Any]:
 def finish(result: dict[str, Any], kwargs: dict[str, Any], path: str | None) -> None:
     """Print the result with its circumstances, and write it where asked."""
     from quire.utils import devices, optional
-    from quire.utils.version import VERSION
 
     machine = devices.probe()
     stated = {k: v for k, v in kwargs.items() if k not in ("log_level", "disable_log_stats", "hf_token")}
     result |= {
         "arguments": stated,
-        "quire": VERSION,
+        "quire": __version__,
         "torch": optional.version("torch"),
         "device": machine.gpus[0].name if machine.gpus else f"{devices.cpu_name()} ({machine.cores} cores)",
     }

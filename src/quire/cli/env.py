@@ -13,10 +13,10 @@ from typing import Any
 
 import click
 
+from quire import __version__
 from quire.cli import flags
 from quire.utils import devices, optional
 from quire.utils.environment import ENVIRONMENT
-from quire.utils.version import VERSION
 
 LIBRARIES = (
     "torch",
@@ -53,7 +53,7 @@ def report(machine: devices.Machine) -> dict[str, Any]:
     """Everything but the operations; imports no torch."""
     present = devices.cpu_features()
     return {
-        "quire": VERSION,
+        "quire": __version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
         "executable": sys.executable,

@@ -7,8 +7,8 @@ import sys
 
 import click
 
+from quire import __version__
 from quire.cli.flags import CONTEXT
-from quire.utils.version import VERSION
 
 COMMANDS = {
     "generate": ("quire.cli.generate", "Complete prompts from the command line, a file or standard input."),
@@ -35,7 +35,7 @@ class LazyGroup(click.Group):
 
 
 @click.group(cls=LazyGroup, context_settings=CONTEXT)
-@click.version_option(VERSION, "--version", prog_name="quire", message="%(prog)s %(version)s")
+@click.version_option(__version__, "--version", prog_name="quire", message="%(prog)s %(version)s")
 def cli() -> None:
     """Run language models: offline, in batches, on the CPU or the GPU."""
 

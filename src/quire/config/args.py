@@ -94,7 +94,7 @@ class EngineArgs(_Checked):
     hf_token: str | bool | None = arg(None, "Token for private or gated models on the Hub; HF_TOKEN and the stored login are used by default.", "Model")
     hf_overrides: dict[str, Any] | Callable[..., Any] = arg({}, "Entries that replace those of config.json (nested objects are merged), or in Python a function from the config dict to a new one.", "Model")
     dtype: str = arg("auto", "Number type of weights and activations. `auto` is the checkpoint's own where the device computes in it well.", "Model", choices=("auto", "float32", "float", "bfloat16", "float16", "half"))
-    seed: int | None = arg(0, "Seed from which requests without a seed of their own draw theirs, in the order of submission; none in Python draws a new one at each start.", "Model")
+    seed: int = arg(0, "Seed from which requests without a seed of their own draw theirs, in the order of submission.", "Model")
     max_model_len: int | str | None = arg(None, "Longest sequence, prompt and output together, in tokens; -1 or `auto` is what the checkpoint allows. May be written 8k or 1M.", "Model", human=True)
     chat_template: str | None = arg(None, "Chat template (Jinja text, or a file) that replaces the tokenizer's.", "Model")
     generation_config: str = arg("auto", "Where sampling defaults come from: `auto` (the checkpoint's generation_config.json), a folder, or `quire` (none).", "Model")

@@ -317,9 +317,6 @@ def _model(
             parameter="max_logprobs",
             value=args.max_logprobs,
         )
-    seed = args.seed if args.seed is not None else int.from_bytes(os.urandom(8), "little") >> 1
-    if args.seed is None:
-        log.info("seed=%d: drawn, since none was given", seed)
     names = args.served_model_name or args.model
     return ModelConfig(
         model=args.model,
@@ -330,7 +327,7 @@ def _model(
         skip_tokenizer_init=args.skip_tokenizer_init,
         trust_remote_code=args.trust_remote_code,
         dtype=dtype,
-        seed=seed,
+        seed=args.seed,
         max_model_len=max_model_len,
         arch=arch,
         hf_token=args.hf_token,

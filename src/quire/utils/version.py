@@ -1,4 +1,4 @@
-"""quire's version. Owns the one place where it is written: pyproject.toml reads it from here."""
+"""quire's version. Owns the one place where it is written: pyproject.toml and `quire.__version__` read it from here."""
 
 from __future__ import annotations
 
