@@ -26,16 +26,18 @@ class Sequence:
     `tables[g][j]` is the page of group g for block j, -1 where there is none (behind a window, not yet computed).
     `hashes` name the full blocks; the first `published` of them are in the prefix cache. `host` holds
     (group, block index, host page) of a swapped sequence, and `swapped` how many of its tokens they cover.
+    `snapshots` are the blocks whose page in a state group holds the state at exactly the block's end.
     """
 
     __slots__ = (
-        "candidates", "cumulative_logprob", "first_page", "hashes", "host", "index", "job", "logprobs", "published",
-        "row", "sent", "status", "swapped", "tables", "tokens",
+        "candidates", "cumulative_logprob", "first_page", "hashes", "host", "index", "job", "key", "logprobs", "published",
+        "row", "sent", "snapshots", "status", "swapped", "tables", "tokens",
     )  # fmt: skip
 
     def __init__(self, job: Job, index: int, tokens: list[int], num_groups: int) -> None:
         self.job = job
         self.index = index
+        self.key = (job.priority, job.arrival, index)  # its place in every queue: smaller goes first
         self.tokens = tokens
         self.row = -1
         self.status = Status.WAITING
@@ -43,6 +45,7 @@ class Sequence:
         self.first_page = [0] * num_groups
         self.hashes: list[bytes] = []
         self.published = 0
+        self.snapshots: set[int] = set()
         self.host: list[tuple[int, int, int]] | None = None
         self.swapped = 0
         self.sent = len(tokens)
@@ -51,33 +54,34 @@ class Sequence:
         self.cumulative_logprob = 0.0
 
     @property
-    def key(self) -> tuple[int, int, int]:
-        """Its place in every queue: smaller goes first."""
-        return (self.job.request.priority if self.job.by_priority else 0, self.job.arrival, self.index)
-
-    @property
     def num_outputs(self) -> int:
         return len(self.tokens) - self.job.prompt_length
 
 
 class Job:
-    """The life of a request in the core: its sequences and how they fork and end."""
+    """The life of a request in the core: its sequences and how they fork and end.
+
+    `limit`: tokens, prompt included, at which a sequence ends. `cached_tokens`: how much of the prompt the prefix cache
+    gave, None until the request has run. `prompt_logprobs_end`: the first prompt token without logprobs yet.
+    `skip_cache`: it must compute its whole prompt, since it asks for prompt logprobs.
+    """
 
     __slots__ = (
-        "arrival", "by_priority", "cached_tokens", "decoding", "limit", "live", "prompt_length", "prompt_logprobs",
-        "prompt_logprobs_end", "request", "root", "started",
+        "arrival", "cached_tokens", "decoding", "forked", "limit", "live", "priority", "prompt_length",
+        "prompt_logprobs", "prompt_logprobs_end", "request", "root", "skip_cache",
     )  # fmt: skip
 
-    def __init__(self, request: Request, decoding: Decoding, arrival: int, limit: int, by_priority: bool) -> None:
+    def __init__(self, request: Request, decoding: Decoding, arrival: int, limit: int, priority: int) -> None:
         self.request = request
         self.decoding = decoding
         self.arrival = arrival
         self.limit = limit
-        self.by_priority = by_priority
+        self.priority = priority
         self.prompt_length = len(request.prompt_token_ids)
         self.root = root_hash(request)
         self.live: dict[int, Sequence] = {}
-        self.started = False
-        self.cached_tokens = 0
+        self.forked = False
+        self.cached_tokens: int | None = None
         self.prompt_logprobs: list[PromptLogprobs] = []
         self.prompt_logprobs_end = 1
+        self.skip_cache = decoding.row_params().skip_reading_prefix_cache or False

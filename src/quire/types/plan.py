@@ -14,7 +14,8 @@ other as far as device memory can tell; that order is the contract which lets th
 3. `new_rows` are written;
 4. `forks` copy rows (all sources are read before any destination is written);
 5. `tables` are applied: block table entries of the rows;
-6. `swap_out`, then `swap_in`, then `copies` move whole pages;
+6. `swap_out`, then `swap_in`, then `copies` move whole pages (of each list, all sources are read before any
+   destination is written);
 7. the ragged batch of `rows` runs; in each layer every KV write precedes every read;
 8. `sample_rows` are sampled from the hidden states at the end of `rows[sample_index]`.
 """

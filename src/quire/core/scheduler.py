@@ -1,0 +1,203 @@
+"""The core's face: requests in, plans out, results in, deltas out. Arithmetic on integers; no torch, no I/O, no clock.
+
+Plans are made ahead: up to the engine's depth they may be in flight, and each sequence may be planned again while `lead`
+of its sampled tokens are unknown here. Results come back in the order of the plans.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+
+from quire.core.commit import InFlight, commit
+from quire.core.decoding import decoding_of
+from quire.core.kvcache import KVCacheManager
+from quire.core.planner import Planner
+from quire.core.rows import Rows
+from quire.core.sequence import Job, Sequence, Status
+from quire.core.state import State
+from quire.types.errors import ClientError
+from quire.types.kv import KVGroup
+from quire.types.plan import Plan, StepResult
+from quire.types.request import Delta, FinishReason, Request
+from quire.types.stats import EngineStats
+
+
+class Scheduler:
+    """Args: `num_blocks` pages on the device and `num_host_blocks` on the host, of `block_size` tokens each; at most
+    `max_num_seqs` rows; `max_num_batched_tokens` a step; sequences of at most `max_model_len` tokens; `depth` and `lead`
+    as in the module's text; `policy` "fcfs" or "priority".
+
+    Raises `ValueError` if the pool cannot hold one sequence of `max_model_len` tokens.
+    """
+
+    def __init__(
+        self,
+        groups: tuple[KVGroup, ...],
+        num_blocks: int,
+        block_size: int,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        max_model_len: int,
+        num_host_blocks: int = 0,
+        prefix_caching: bool = True,
+        chunked_prefill: bool = True,
+        policy: str = "fcfs",
+        depth: int = 1,
+        lead: int = 0,
+    ) -> None:
+        kv = KVCacheManager(groups, num_blocks, block_size, num_host_blocks, prefix_caching)
+        need = kv.worst_case(max_model_len, max_num_batched_tokens)
+        if need > num_blocks:
+            raise ClientError(
+                f"the KV cache has {num_blocks} blocks of {block_size} tokens, but one sequence of max_model_len="
+                f"{max_model_len} needs {need}: lower max_model_len or give the cache more memory"
+            )
+        self._state = State(Rows(max_num_seqs), kv, max_model_len)
+        self._planner = Planner(self._state, max_num_batched_tokens, depth, lead, chunked_prefill)
+        self._lead = lead
+        self._by_priority = policy == "priority"
+        self._arrivals = 0
+        self._flights: deque[InFlight] = deque()
+
+    # -- requests ----------------------------------------------------------------------------------------------------
+
+    def add(self, request: Request) -> None:
+        """Raises `ClientError` if the request can never run here."""
+        state, prompt = self._state, request.prompt_token_ids
+        if request.id in state.jobs:
+            raise ClientError(f"request id {request.id!r} is in use", "request_id", request.id)
+        if not prompt:
+            raise ClientError("the prompt is empty: give at least one token", "prompt")
+        if len(prompt) >= state.max_length:
+            raise ClientError(
+                f"the prompt has {len(prompt)} tokens, max_model_len={state.max_length} leaves no room for a new one: "
+                "shorten the prompt or raise max_model_len",
+                "prompt",
+            )
+        most = request.params.max_tokens
+        limit = state.max_length if most is None else min(state.max_length, len(prompt) + most)
+        priority = request.priority if self._by_priority else 0
+        job = Job(request, decoding_of(request, self._lead), self._arrivals, limit, priority)
+        self._arrivals += 1
+        job.live[0] = seq = Sequence(job, 0, list(prompt), len(state.kv.groups))
+        state.jobs[request.id] = job
+        state.waiting.push(seq)
+        state.counters.prompt_tokens += len(prompt)
+
+    def abort(self, request_id: str) -> list[Delta]:
+        """End a request at once; unknown ids (ended long ago) are ignored."""
+        return self._end_job(request_id, FinishReason.ABORT, None)
+
+    def fail(self, request_id: str, message: str) -> list[Delta]:
+        """End a request with an error of its own."""
+        return self._end_job(request_id, FinishReason.ERROR, message)
+
+    def _end_job(self, request_id: str, reason: FinishReason, error: str | None) -> list[Delta]:
+        job = self._state.jobs.get(request_id)
+        deltas: list[Delta] = []
+        for seq in list(job.live.values()) if job is not None else ():
+            deltas.append(self._state.delta(seq, reason, error=error))
+            self._state.finish(seq)
+        return deltas
+
+    def end(self, request_id: str, index: int, at: int) -> None:
+        """The output side found that a sequence ended with its output token number `at` (a stop string): later tokens
+        never were. Unknown sequences (ended meanwhile) are ignored."""
+        job = self._state.jobs.get(request_id)
+        seq = job.live.get(index) if job is not None else None
+        if job is None or seq is None:
+            return
+        over = seq.num_outputs - at
+        if over > 0:
+            self._state.counters.generation_tokens -= over
+            del seq.tokens[len(seq.tokens) - over :]
+            self._state.kv.truncate(seq, len(seq.tokens))
+        self._state.finish(seq)
+
+    # -- steps -------------------------------------------------------------------------------------------------------
+
+    def schedule(self) -> Plan | None:
+        """The next plan, or None if nothing can run before a result comes in (or at all)."""
+        plan = self._planner.plan()
+        if plan is not None:
+            epoch = self._state.rows.epoch
+            self._flights.append(InFlight(plan, epoch[plan.rows], epoch[plan.sample_rows]))
+        return plan
+
+    def commit(self, plan: Plan, result: StepResult) -> list[Delta]:
+        """Take in the result of the oldest plan in flight."""
+        flight = self._flights.popleft()
+        assert flight.plan is plan
+        return commit(self._state, flight, result)
+
+    def discard(self) -> list[str]:
+        """A step failed: drop all plans in flight and have every running sequence start over from its known tokens;
+        nothing that those plans wrote is found again. Returns the ids of the requests that the oldest plan ran."""
+        state = self._state
+        oldest = self._flights[0] if self._flights else None
+        suspects: dict[str, None] = {}
+        if oldest is not None:
+            for row, epoch in zip(oldest.plan.rows.tolist(), oldest.row_epochs.tolist(), strict=True):
+                seq = state.rows.sequence[row]
+                if seq is not None and state.rows.epoch[row] == epoch:
+                    suspects[seq.job.request.id] = None
+        self._flights.clear()
+        for seq in list(state.running):
+            if seq.status is not Status.RUNNING:
+                continue
+            state.kv.truncate(seq, 0)
+            state.kv.release(seq)
+            state.leave(seq)
+            seq.status = Status.PARKED if seq.candidates is not None else Status.WAITING
+            if seq.status is Status.WAITING:
+                state.waiting.push(seq)
+        state.kv.clear()
+        return list(suspects)
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._state.jobs) or bool(self._flights)
+
+    def reset_prefix_cache(self) -> bool:
+        """Forget all cached prefixes (running sequences keep their blocks). Always succeeds."""
+        self._state.kv.clear()
+        return True
+
+    def stats(self) -> EngineStats:
+        state, kv, count = self._state, self._state.kv, self._state.counters
+        pool = kv.pool
+        return EngineStats(
+            blocks_total=pool.num_blocks,
+            blocks_used=pool.held,
+            blocks_free=pool.available - pool.cached,
+            blocks_cached=pool.cached,
+            host_blocks_total=kv.host.num_blocks,
+            host_blocks_used=kv.host.num_blocks - kv.host.available + kv.host.cached,
+            running=state.rows.num_rows - state.rows.num_free - state.num_held_rows,
+            waiting=len(state.waiting),
+            preemptions=count.preemptions,
+            prefix_queries=count.prefix_queries,
+            prefix_hits=count.prefix_hits,
+            prompt_tokens=count.prompt_tokens,
+            generation_tokens=count.generation_tokens,
+            block_size=kv.block_size,
+        )
+
+    def check(self) -> None:
+        """Assert every invariant that the books must keep, between two calls."""
+        state, rows = self._state, self._state.rows
+        sequences = [seq for job in state.jobs.values() for seq in job.live.values()]
+        state.kv.check(sequences)
+        used = [seq.row for seq in sequences if seq.status is Status.RUNNING]
+        assert len(used) == len(set(used)) and all(rows.sequence[row] is not None for row in used)
+        assert len(used) + rows.num_free + state.num_held_rows == rows.num_rows, "rows are lost"
+        for seq in sequences:
+            assert seq.status is not Status.FINISHED
+            if seq.status is Status.RUNNING:
+                row = seq.row
+                assert rows.sequence[row] is seq
+                known = len(seq.tokens) + (seq.candidates is not None)
+                assert known == rows.known(row), f"{known} tokens are known, the row says {rows.known(row)}"
+                assert rows.computed[row] <= rows.length[row] <= max(rows.limit[row], len(seq.tokens))
+        waiting = sum(seq.status is Status.WAITING for seq in sequences)
+        assert waiting == len(state.waiting), "the queue and the sequences disagree"

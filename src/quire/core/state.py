@@ -1,0 +1,195 @@
+"""The mutable state of the core: jobs, queues, rows, blocks, and the few transitions of a sequence between them.
+
+Owns every change of a sequence's status. Planning (`core.planner`) and committing (`core.commit`) decide; this keeps the
+books straight: a sequence is in the waiting queue, or holds a row, or is parked, or is gone.
+"""
+
+from __future__ import annotations
+
+import heapq
+from operator import attrgetter
+
+import numpy as np
+from numpy.typing import NDArray
+
+from quire.core.kvcache import KVCacheManager
+from quire.core.moves import Moves
+from quire.core.rows import Rows
+from quire.core.sequence import Job, Sequence, Status
+from quire.types.plan import NewRow, ints
+from quire.types.request import Delta, FinishReason
+
+
+class Waiting:
+    """Waiting sequences by their key; those that left otherwise (abort) are skipped when they surface."""
+
+    def __init__(self) -> None:
+        self._heap: list[tuple[tuple[int, int, int], int, Sequence]] = []
+        self._pushed = 0
+        self._gone = 0
+
+    def push(self, seq: Sequence) -> None:
+        self._pushed += 1
+        heapq.heappush(self._heap, (seq.key, self._pushed, seq))
+
+    def peek(self) -> Sequence | None:
+        while self._heap and self._heap[0][2].status is not Status.WAITING:
+            heapq.heappop(self._heap)
+            self._gone -= 1
+        return self._heap[0][2] if self._heap else None
+
+    def pop(self) -> Sequence:
+        seq = self.peek()
+        assert seq is not None
+        heapq.heappop(self._heap)
+        return seq
+
+    def forget(self) -> None:
+        """One of the waiting sequences has changed its status."""
+        self._gone += 1
+
+    def __len__(self) -> int:
+        return len(self._heap) - self._gone
+
+
+class Counters:
+    """Running totals since the start."""
+
+    def __init__(self) -> None:
+        self.preemptions = 0
+        self.prefix_queries = 0
+        self.prefix_hits = 0
+        self.prompt_tokens = 0
+        self.generation_tokens = 0
+
+
+class State:
+    def __init__(self, rows: Rows, kv: KVCacheManager, max_length: int) -> None:
+        self.rows = rows
+        self.kv = kv
+        self.max_length = max_length
+        self.jobs: dict[str, Job] = {}
+        self.waiting = Waiting()
+        self.running: list[Sequence] = []
+        self.counters = Counters()
+        self.outbox: list[Delta] = []
+        self.retired: list[int] = []  # rows for the next plan to retire
+        self.forks: list[tuple[int, int, int]] = []  # rows for the next plan to fork
+        self._held_rows: list[int] = []  # dead rows that the plan in the making still forks from
+        self._order: NDArray[np.int64] = np.zeros(0, np.int64)
+        self._stale = False
+
+    @property
+    def num_held_rows(self) -> int:
+        return len(self._held_rows)
+
+    def order(self) -> NDArray[np.int64]:
+        """Rows of the running sequences, first come first."""
+        if self._stale:
+            self.running = sorted((s for s in self.running if s.status is Status.RUNNING), key=attrgetter("key"))
+            self._order = np.fromiter((s.row for s in self.running), np.int64, len(self.running))
+            self._stale = False
+        return self._order
+
+    # -- transitions -----------------------------------------------------------------------------------------------
+
+    def enter(self, seq: Sequence) -> int:
+        """A sequence gets a row, with the numbers that follow from its request; the caller sets the counts."""
+        job, rows, row = seq.job, self.rows, self.rows.take(seq)
+        params = job.decoding.row_params()
+        stops = params.all_stop_token_ids
+        eos = () if params.ignore_eos else job.request.eos_token_ids
+        rows.eos[row] = -2 if stops or len(eos) > 1 else eos[0] if eos else -1
+        rows.plain[row] = not job.decoding.chooses and params.num_logprobs is None and params.prompt_logprobs is None
+        rows.stream[row] = job.request.stream and not job.decoding.chooses
+        rows.lead[row] = job.decoding.lead
+        rows.limit[row] = job.limit
+        rows.pending[row] = 0
+        rows.last_plan[row] = -1
+        return row
+
+    def leave(self, seq: Sequence) -> None:
+        """Give the row back (unless a fork of the plan in the making reads it: then with the next plan)."""
+        row = seq.row
+        self.rows.drop(row)
+        self._stale = True
+        if any(fork[0] == row for fork in self.forks):
+            self._held_rows.append(row)
+            return
+        self.forks = [fork for fork in self.forks if fork[1] != row]
+        self.retired.append(row)
+        self.rows.free(row)
+
+    def run(self, seq: Sequence) -> None:
+        if seq.status is Status.WAITING:
+            seq.status = Status.RUNNING
+        self.running.append(seq)
+        self._stale = True
+
+    def close_plan(self) -> None:
+        """A plan was made: what it retired and forked is done, rows that its forks read can go."""
+        self.retired = self._held_rows
+        for row in self._held_rows:
+            self.rows.free(row)
+        self._held_rows = []
+        self.forks = []
+
+    def preempt(self, seq: Sequence, moves: Moves) -> None:
+        """Take row and blocks away. Nothing known is lost: blocks go to the host if there is room, else are computed
+        again; tokens still in flight will be drawn again, alike."""
+        row = seq.row
+        known = len(seq.tokens)
+        computed = int(self.rows.computed[row])
+        keep = min(computed, known - 1)
+        self.counters.preemptions += 1
+        self.running.remove(seq)
+        if seq.candidates is not None or not self.kv.swap_out(seq, keep, computed > keep, moves):
+            self.kv.release(seq)
+        self.leave(seq)
+        seq.status = Status.PARKED if seq.candidates is not None else Status.WAITING
+        if seq.status is Status.WAITING:
+            self.waiting.push(seq)
+
+    def finish(self, seq: Sequence) -> None:
+        """The sequence is over, whatever it was doing."""
+        if seq.status is Status.RUNNING:
+            self.leave(seq)
+        elif seq.status is Status.WAITING:
+            self.waiting.forget()
+        seq.status = Status.FINISHED
+        self.kv.release(seq)
+        job = seq.job
+        job.live.pop(seq.index, None)
+        if not job.live:
+            self.jobs.pop(job.request.id, None)
+
+    # -- words for the runner and for the front ----------------------------------------------------------------------
+
+    def new_row(self, seq: Sequence) -> NewRow:
+        job = seq.job
+        params = job.decoding.row_params()
+        return NewRow(
+            row=seq.row,
+            params=params,
+            seed=job.request.seed,
+            sample_index=seq.index,
+            prompt_length=job.prompt_length,
+            length=len(seq.tokens),
+            tokens=ints(seq.tokens) if params.needs_history else ints(),
+            eos_token_ids=() if params.ignore_eos else job.request.eos_token_ids,
+        )
+
+    def delta(
+        self, seq: Sequence, finish: FinishReason | None = None, stop_token: int | None = None, error: str | None = None
+    ) -> Delta:
+        """What became known of the sequence since its last delta."""
+        job = seq.job
+        delta = Delta(job.request.id, seq.index, seq.tokens[seq.sent :], finish, stop_token, error=error)
+        if seq.logprobs is not None:
+            delta.logprobs, seq.logprobs = seq.logprobs, []
+        if seq.sent == job.prompt_length:
+            delta.cached_tokens = job.cached_tokens
+        if seq.index == 0 and job.prompt_logprobs:
+            delta.prompt_logprobs, job.prompt_logprobs = job.prompt_logprobs, []
+        seq.sent = len(seq.tokens)
+        return delta
