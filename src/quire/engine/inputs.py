@@ -184,8 +184,9 @@ class InputProcessor:
             raise ClientError(text, "stop", params.stop)
 
     def _bad_words(self, words: list[str]) -> list[list[int]]:
-        """The token sequences of each word, at the beginning of a text and (where that is as long but begins unlike)
-        after a space."""
+        """The token sequences of each word: at the beginning of a text, and after a space unless that only puts
+        something before the same tokens. (vLLM also wants both to be equally long, and so lets " word" pass where it is
+        one token and "word" is several.)"""
         if self._tokenizer is None:
             raise ClientError("bad_words need a tokenizer, and skip_tokenizer_init=True", "bad_words", words)
         out: list[list[int]] = []
@@ -196,7 +197,7 @@ class InputProcessor:
                 raise ClientError(f"bad_words: {word!r} has no tokens; leave it out", "bad_words", word)
             self._check_vocab("bad_words", bare + spaced)
             out.append(bare)
-            if len(spaced) == len(bare) and spaced[0] != bare[0]:
+            if spaced[-len(bare) :] != bare:
                 out.append(spaced)
         return out
 

@@ -84,7 +84,8 @@ def line(now: EngineStats, before: EngineStats, seconds: float) -> str:
     generated = (now.generation_tokens - before.generation_tokens) / seconds
     return (
         f"prompt {prompt:.1f} tokens/s, generation {generated:.1f} tokens/s,"
-        f" running {now.running}, waiting {now.waiting}, preempted {now.preemptions}, KV cache {now.kv_cache_usage:.1%} in use"
+        f" running {now.running}, waiting {now.waiting}, preempted {now.preemptions},"
+        f" KV cache {now.kv_cache_usage:.1%} in use"
         f" ({now.blocks_used} used + {now.blocks_cached} cached + {now.blocks_free} free of {now.blocks_total} blocks),"
         f" prefix cache hits {now.prefix_hit_rate:.1%}"
     )

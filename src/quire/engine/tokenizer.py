@@ -52,7 +52,6 @@ class FastTokenizer:
         self.special_tokens: dict[str, str] = {n: t for n in _NAMED if (t := _text(settings.get(n)))}
         self.chat_templates: dict[str, str] = settings.get("chat_templates", {})
         self._add_special(settings)
-        self._set_bos_eos(settings)
         added: dict[int, Any] = backend.get_added_tokens_decoder()
         self.special_ids = frozenset(i for i, t in added.items() if t.special)
         eos = self.special_tokens.get("eos_token")
@@ -81,20 +80,6 @@ class FastTokenizer:
         texts = [*self.special_tokens.values(), *(t for e in extra if (t := _text(e)))]
         special = {t.content for t in self.backend.get_added_tokens_decoder().values() if t.special}
         self.backend.add_special_tokens([t for t in dict.fromkeys(texts) if t not in special])
-
-    def _set_bos_eos(self, settings: dict[str, Any]) -> None:
-        """`add_bos_token`, `add_eos_token`: given there, they override what tokenizer.json does."""
-        if "add_bos_token" not in settings and "add_eos_token" not in settings:
-            return
-        from tokenizers.processors import TemplateProcessing
-
-        before = [t] if settings.get("add_bos_token") and (t := self.special_tokens.get("bos_token")) else []
-        after = [t] if settings.get("add_eos_token") and (t := self.special_tokens.get("eos_token")) else []
-        self.backend.post_processor = TemplateProcessing(
-            single=[*before, "$A", *after],
-            pair=[*before, "$A", *after, *(f"{t}:1" for t in before), "$B:1", *(f"{t}:1" for t in after)],
-            special_tokens=[(t, self.backend.token_to_id(t)) for t in dict.fromkeys([*before, *after])],
-        )
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         return self.backend.encode(text, add_special_tokens=add_special_tokens).ids

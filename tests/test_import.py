@@ -1,0 +1,39 @@
+"""What `import quire` costs: its cause is tested, not its seconds."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import quire
+
+
+def run(code: str) -> str:
+    env = {**os.environ, "PYTHONPATH": str(Path(quire.__file__).parents[1])}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env)
+    return done.stdout.strip()
+
+
+def test_import_is_lazy() -> None:
+    heavy = ["torch", "transformers", "tokenizers", "numpy", "msgspec", "jinja2"]
+    assert run(f"import sys, quire; print([m for m in {heavy} if m in sys.modules])") == "[]"
+
+
+def test_parameters_need_no_torch() -> None:
+    code = "import sys; from quire import SamplingParams, EngineArgs, LLM; print('torch' in sys.modules)"
+    assert run(code) == "False"
+
+
+@pytest.mark.parametrize("name", quire.__all__)
+def test_names(name: str) -> None:
+    assert getattr(quire, name) is not None
+    assert name in dir(quire)
+
+
+def test_unknown_name() -> None:
+    with pytest.raises(AttributeError, match="nothing"):
+        _ = quire.nothing  # type: ignore[attr-defined]
