@@ -1,0 +1,1 @@
+"""Several processes as one engine: starting them, and the collectives among them."""

@@ -1,0 +1,45 @@
+"""A worker without a model, for the tests of executors: it does as its configuration says."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+from quire.types.kv import KVGroup
+from quire.types.plan import Plan, StepResult, ints
+
+
+class FakeWorker:
+    """`config.fault` is (rank, when, how): `when` is a plan's number or "start"."""
+
+    def __init__(self, config, *, rank, world):
+        self.config, self.rank, self.world = config, rank, world
+        self.num_blocks = 100 - 10 * rank
+        self.kv_groups = (KVGroup("full", (0, 1)), KVGroup("sliding", (2,), 8))
+        (Path(config.folder) / f"pid{rank}").write_text(str(os.getpid()))
+        self._fault("start")
+
+    def execute(self, plan: Plan) -> StepResult:
+        self._fault(plan.number)
+        with open(Path(self.config.folder) / f"seen{self.rank}", "a") as seen:
+            seen.write(f"{plan.number}:{int(plan.tokens.sum())} ")
+        tokens = ints([[int(plan.tokens.sum()) % 1000 * 10 + self.rank]])
+        return StepResult(plan.number, tokens, np.ones(1, dtype=np.int32))
+
+    def _fault(self, when):
+        rank, at, how = self.config.fault or (None, None, None)
+        if (rank, at) != (self.rank, when):
+            return
+        if how == "raise":
+            raise RuntimeError("boom in the fake worker")
+        if how == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if how == "exit":
+            sys.exit(3)
+        if how == "hang":
+            time.sleep(600)
