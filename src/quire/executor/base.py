@@ -1,0 +1,30 @@
+"""The seam between the engine and the workers: plans go in, results come back in the order of the plans."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from quire.types.kv import KVGroup
+from quire.types.plan import Plan, StepResult
+
+
+class Result(Protocol):
+    """A result on its way: `concurrent.futures.Future` is one."""
+
+    def result(self) -> StepResult:
+        """Wait for it; raises what went wrong in the step."""
+        ...
+
+
+class Executor(Protocol):
+    """Workers that run plans, all of them each plan. Sizes are in pages of KV cache."""
+
+    num_blocks: int
+    num_host_blocks: int
+    kv_groups: tuple[KVGroup, ...]
+
+    def submit(self, plan: Plan) -> Result:
+        """Start a step; never raises for what goes wrong in it."""
+        ...
+
+    def shutdown(self) -> None: ...

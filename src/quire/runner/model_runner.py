@@ -1,0 +1,96 @@
+"""Runs plans on a model: rows, batch, forward, sample. Owns: the order of a step on the device.
+
+Knows no scheduling; a plan says everything. What it hands back may still be on its way from the device (`Pending`), so
+that the host can plan on meanwhile.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from quire.models.base import CausalLM
+from quire.runner import batch as batches
+from quire.runner.batch import Batch
+from quire.runner.kv_store import KVStore
+from quire.runner.sampler import Sampled, Sampler
+from quire.runner.table import RequestTable
+from quire.runner.upload import Upload
+from quire.types.plan import Plan, PromptLogprobs, StepResult, ints
+
+# Prompt logprobs need logits of every position: so many at a time, to bound their memory.
+LOGITS_AT_ONCE = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Pending:
+    """A step on its way. `result` waits for the device."""
+
+    number: int
+    sampled: Sampled | None
+    prompt_logprobs: tuple[PromptLogprobs, ...]
+
+    def result(self) -> StepResult:
+        if self.sampled is None:
+            return StepResult(self.number, ints((), (0, 1)), ints(), prompt_logprobs=self.prompt_logprobs)
+        done = self.sampled.finish()
+        return StepResult(self.number, done.tokens, done.accepted, done.logprobs, self.prompt_logprobs, done.failed)
+
+
+class ModelRunner:
+    """`depth`: how many plans may be in flight."""
+
+    def __init__(
+        self, model: CausalLM, store: KVStore, table: RequestTable, sampler: Sampler, device: torch.device, depth: int
+    ) -> None:
+        self._model = model
+        self._store = store
+        self._table = table
+        self._sampler = sampler
+        self._upload = Upload(device, depth + 1)
+
+    @torch.inference_mode()
+    def submit(self, plan: Plan) -> Pending:
+        """Start a step; returns before the device is done."""
+        table, upload = self._table, self._upload
+        table.stage(plan, upload)
+        batches.stage(plan, upload)
+        upload.send()
+        table.apply(plan, upload)
+        self._store.move(plan.swap_out, plan.swap_in, plan.copies)
+        if not len(plan.rows):
+            return Pending(plan.number, None, ())
+        batch = batches.build(plan, upload, table, self._store.layers)
+        hidden_TD = self._model(batch.tokens_T, batch.step.positions_T, batch.step)
+        table.length_R[batch.rows_R] = batch.lengths_R
+        prompts = tuple(self._prompt_logprobs(plan, hidden_TD))
+        return Pending(plan.number, self._sample(plan, batch, hidden_TD), prompts)
+
+    def _sample(self, plan: Plan, batch: Batch, hidden_TD: Tensor) -> Sampled | None:
+        if not len(plan.sample_rows):
+            return None
+        table, rows_S = self._table, batch.sample_rows_S
+        logits_SV = self._model.compute_logits(hidden_TD[batch.last_S])
+        length_S = batch.lengths_R[batch.sample_index_S]
+        sampled = self._sampler(logits_SV, plan.sample_rows, length_S, table.sampling, rows_S)
+        table.sampling.append(plan.sample_rows, sampled.tokens_S)
+        table.last_R[rows_S] = sampled.tokens_S
+        table.length_R[rows_S] = length_S
+        return sampled
+
+    def _prompt_logprobs(self, plan: Plan, hidden_TD: Tensor) -> list[PromptLogprobs]:
+        """Of rows that ask for them: each position of a prompt chunk gives the logprobs of the prompt token after it."""
+        out: list[PromptLogprobs] = []
+        at = 0
+        for row, start, count in zip(plan.rows.tolist(), plan.starts.tolist(), plan.counts.tolist(), strict=True):
+            params = self._table.sampling.params[row]
+            if params is not None and params.prompt_logprobs is not None:
+                end = min(start + count, int(self._table.prompt_length[row]) - 1)
+                for first in range(start, end, LOGITS_AT_ONCE):
+                    last = min(end, first + LOGITS_AT_ONCE)
+                    logits_LV = self._model.compute_logits(hidden_TD[at + first - start : at + last - start])
+                    out.append(self._sampler.prompt_logprobs(logits_LV, row, first + 1, self._table.sampling))
+            at += count
+        return out

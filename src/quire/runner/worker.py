@@ -1,0 +1,71 @@
+"""One rank: a model on a device, its KV tensors, and the plans that it runs. Owns: how these are made from a `Config`.
+
+Knows nothing of scheduling or of other ranks' processes.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+
+from quire.config.schema import Config
+from quire.loading import load_model
+from quire.loading.passes import DTYPES
+from quire.models.base import CausalLM, kv_groups
+from quire.ops.dispatch import Binder
+from quire.runner import memory
+from quire.runner.kv_store import KVStore
+from quire.runner.logits import load_processors
+from quire.runner.model_runner import ModelRunner, Pending
+from quire.runner.sampler import Sampler
+from quire.runner.table import RequestTable
+from quire.types.errors import ClientError
+from quire.types.kv import KVGroup
+from quire.types.plan import Plan, StepResult
+
+
+class Worker:
+    """`num_blocks` and `num_host_blocks` KV pages for the layers of `kv_groups`.
+
+    Raises `ClientError` for checkpoints that cannot be loaded and for memory that does not suffice.
+    """
+
+    def __init__(self, config: Config, rank: int = 0, world: int = 1) -> None:
+        self.device = torch.device(config.device.device)
+        if self.device.type == "cuda":
+            self.device = torch.device("cuda", rank)
+            torch.cuda.set_device(self.device)
+        arch, size = config.model.arch, config.cache.block_size
+        dtype = DTYPES[config.model.dtype]
+        self.ops = Binder(self.device, dtype)
+        model = cast(CausalLM, load_model(config, self.device, self.ops))
+        processors = load_processors(config.model.logits_processors, arch.vocab_size, self.device)
+        sampler = Sampler(
+            arch.vocab_size, self.device, config.model.max_logprobs, processors, config.model.logprobs_mode
+        )
+        self.kv_groups: tuple[KVGroup, ...] = kv_groups(arch, config.model.max_model_len)
+        kv_dtype = DTYPES.get(config.cache.kv_cache_dtype, dtype)
+        self.num_blocks = memory.num_blocks(config, self.kv_groups, kv_dtype, self.device)
+        self.num_host_blocks = memory.num_host_blocks(config, self.kv_groups, kv_dtype)
+        try:
+            store = KVStore(
+                arch, self.kv_groups, self.num_blocks, self.num_host_blocks, size, kv_dtype, self.device
+            )
+        except (RuntimeError, MemoryError) as error:
+            raise ClientError(
+                f"{self.num_blocks} KV blocks on the device and {self.num_host_blocks} on the host cannot be allocated "
+                f"({str(error).splitlines()[0]}): lower gpu_memory_utilization, kv_cache_memory_bytes or swap_space"
+            ) from error
+        table = RequestTable(
+            config.scheduler.max_num_seqs, config.model.max_model_len, size, len(self.kv_groups), sampler, self.device
+        )
+        self._runner = ModelRunner(model, store, table, sampler, self.device, config.scheduler.depth)
+
+    def submit(self, plan: Plan) -> Pending:
+        """Start a step; the result may be waited for later."""
+        return self._runner.submit(plan)
+
+    def execute(self, plan: Plan) -> StepResult:
+        """Run a step to its end."""
+        return self.submit(plan).result()
