@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import sys
 
 import click
 
@@ -41,9 +40,5 @@ def cli() -> None:
 
 
 def main() -> None:
-    """The console script's entry point. Ctrl-C ends it with 130, a closed pipe silently."""
-    try:
-        cli.main(prog_name="quire")
-    except BrokenPipeError:
-        sys.stderr.close()
-        sys.exit(141)
+    """The console script's entry point."""
+    cli(prog_name="quire")
