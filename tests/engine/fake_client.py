@@ -1,7 +1,7 @@
 """A core without a model: each sequence gets tokens from a script, under the rules that a real core keeps.
 
-Deltas arrive `late` steps after they were made, so that what follows an `end` or an `abort` still comes, as it does from
-a core that is some steps ahead.
+Deltas arrive `late` steps after they were made, so that what follows an `end` or an `abort` still comes, as it does
+from a core that is some steps ahead.
 """
 
 from __future__ import annotations

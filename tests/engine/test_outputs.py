@@ -306,7 +306,7 @@ def test_detokenize_off_and_no_tokenizer() -> None:
 
 @pytest.mark.parametrize("given_end", [True, False])
 def test_beams(given_end: bool) -> None:
-    """The end token belongs to no beam's tokens, whether the core sends it or not; fewer beams than asked for end too."""
+    """The end token belongs to no beam's tokens, whether the core sends it or not; fewer beams than asked for will do."""
     p = processor()
     params = BeamSearchParams(beam_width=3, max_tokens=4)
     prompt = ids("The capital")
@@ -343,5 +343,5 @@ def test_numpy_values_become_plain() -> None:
     p = processor()
     p.add(request(logprobs=0))
     (out,), _ = p.process([Delta("a", 0, [5], logprobs=[block([5], 0)])])
-    (key, value), = (out.outputs[0].logprobs or [{}])[0].items()
+    ((key, value),) = (out.outputs[0].logprobs or [{}])[0].items()
     assert type(key) is int and type(value.logprob) is float and not isinstance(value.rank, np.integer)

@@ -98,8 +98,10 @@ def test_bad_folders(tmp_path: Path, files: dict[str, str], words: str) -> None:
 
 TEMPLATES = [
     CHAT,
-    "{%- for m in messages %}\n  {%- if loop.first %}{{ bos_token }}{% endif %}\n{{ m.role }}: {{ m.content | trim }}\n{% endfor %}",
-    "{% for m in messages %}{% if m.role == 'system' %}{% continue %}{% endif %}[{{ m.content }}]{% endfor %}{{ eos_token }}",
+    "{%- for m in messages %}\n  {%- if loop.first %}{{ bos_token }}{% endif %}\n{{ m.role }}: {{ m.content | trim }}\n"
+    "{% endfor %}",
+    "{% for m in messages %}{% if m.role == 'system' %}{% continue %}{% endif %}[{{ m.content }}]{% endfor %}"
+    "{{ eos_token }}",
     "{% for m in messages %}{% generation %}{{ m['content'] }}{% endgeneration %}{% endfor %}",
     "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% endfor %}{{ ns.n }}"
     "{{ messages | tojson(indent=1) }}{{ tools | tojson if tools }}{{ extra }}",
@@ -149,7 +151,9 @@ def test_contents_as_parts() -> None:
 
 def test_arguments_of_tool_calls_become_objects() -> None:
     call = {"type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}
-    template = "{% for m in messages %}{% for c in m.tool_calls %}{{ c.function.arguments.x + 1 }}{% endfor %}{% endfor %}"
+    template = (
+        "{% for m in messages %}{% for c in m.tool_calls %}{{ c.function.arguments.x + 1 }}{% endfor %}{% endfor %}"
+    )
     messages = [{"role": "assistant", "content": None, "tool_calls": [call]}]
     assert render_chat(trained(), messages, chat_template=template) == "2"
 
@@ -157,7 +161,9 @@ def test_arguments_of_tool_calls_become_objects() -> None:
 def test_template_from_a_file_and_by_name(tmp_path: Path) -> None:
     (tmp_path / "t.jinja").write_text("file {{ messages[0].content }}")
     assert render_chat(trained(), TURNS, chat_template=str(tmp_path / "t.jinja")) == "file be brief"
-    write_folder(tmp_path / "m", chat_template=[{"name": "default", "template": "d"}, {"name": "tool_use", "template": "t"}])
+    write_folder(
+        tmp_path / "m", chat_template=[{"name": "default", "template": "d"}, {"name": "tool_use", "template": "t"}]
+    )
     t = load_folder(tmp_path / "m")
     assert [render_chat(t, TURNS), render_chat(t, TURNS, tools=[{}])] == ["d", "t"]
     assert render_chat(t, TURNS, chat_template="tool_use") == "t"
