@@ -306,7 +306,7 @@ def test_detokenize_off_and_no_tokenizer() -> None:
 
 @pytest.mark.parametrize("given_end", [True, False])
 def test_beams(given_end: bool) -> None:
-    """The end token belongs to no beam's tokens, whether the core sends it or not; fewer beams than asked for will do."""
+    """The end token belongs to no beam's tokens, whether the core sends it or not; fewer beams than asked will do."""
     p = processor()
     params = BeamSearchParams(beam_width=3, max_tokens=4)
     prompt = ids("The capital")
