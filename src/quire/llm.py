@@ -315,9 +315,9 @@ class LLM:
             bar.close()
         outputs = [self._done.pop(i) for i in ids]
         for output in outputs:
-            for completion in output.outputs:
-                if completion.finish_reason == "error":
-                    logger.error("request %s failed: %s", output.request_id, completion.stop_reason)
+            failed = next((o for o in output.outputs if o.finish_reason == "error"), None)
+            if failed is not None:
+                logger.error("request %s failed: %s", output.request_id, failed.stop_reason)
         return outputs
 
     def _abort(self, ids: Sequence[str]) -> None:
