@@ -134,7 +134,7 @@ def test_an_error_of_the_engine_is_one_line(monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(quire, "LLM", fail, raising=False)
     result = run("generate", "x")
-    assert result.exit_code == 2 and result.output.endswith("Error: model folder 'x' does not exist\n")
+    assert result.exit_code == 2 and result.output == "Error: model folder 'x' does not exist\n"
 
 
 def test_bench_throughput(calls: list[Any], make_checkpoint: Callable[..., Path], tmp_path: Path) -> None:

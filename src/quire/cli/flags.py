@@ -186,12 +186,18 @@ def sampling_params(values: dict[str, Any], defaults: Any, **fallback: Any) -> A
         return SamplingParams(**chosen)
 
 
+class UserError(click.ClickException):
+    """The user's mistake: one line, and the exit status of a wrong usage."""
+
+    exit_code = 2
+
+
 @contextmanager
 def user_errors() -> Iterator[None]:
     """The user's mistakes and the engine's failures end the command with one line, not with a traceback."""
     try:
         yield
     except ClientError as e:
-        raise click.UsageError(str(e)) from e
+        raise UserError(str(e)) from e
     except EngineError as e:
         raise click.ClickException(str(e)) from e
