@@ -52,12 +52,13 @@ MAX_LEN, BLOCK, NEW = 128, 4, 18
 @contextmanager
 def engine(folder: Path, **changes: Any) -> Iterator[LLM]:
     """Room for one longest sequence and little more in each group, and steps shorter than most prompts."""
-    groups = len(harness.kv_groups(harness.config_for(folder).model.arch, MAX_LEN))
+    groups = harness.kv_groups(harness.config_for(folder).model.arch, MAX_LEN)
+    longest = sum(MAX_LEN if group.window is None else group.window + 24 for group in groups)
     settings: dict[str, Any] = {
         "dtype": "float32",
         "max_model_len": MAX_LEN,
         "block_size": BLOCK,
-        "num_gpu_blocks_override": (MAX_LEN // BLOCK + 3) * groups,
+        "num_gpu_blocks_override": longest // BLOCK + 3 * len(groups),
         "max_num_batched_tokens": 24,
         "max_num_seqs": 8,
         "enable_prefix_caching": True,
