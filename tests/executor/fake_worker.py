@@ -10,31 +10,35 @@ from pathlib import Path
 
 import numpy as np
 
+from quire.types.errors import ClientError
 from quire.types.kv import KVGroup
 from quire.types.plan import Plan, StepResult, ints
 
 
 class FakeWorker:
-    """`config.fault` is (rank, when, how): `when` is a plan's number or "start"."""
+    """`config.fault` is (rank, when, how): `when` is a plan's number, less than 0 for its result,
+    or "start"."""
 
     def __init__(self, config, *, rank, world):
         self.config, self.rank, self.world = config, rank, world
-        self.num_blocks = 100 - 10 * rank
+        self.num_blocks, self.num_host_blocks = 100 - 10 * rank, 7 + rank
         self.kv_groups = (KVGroup("full", (0, 1)), KVGroup("sliding", (2,), 8))
         (Path(config.folder) / f"pid{rank}").write_text(str(os.getpid()))
-        self._fault("start")
+        self.fault("start")
 
-    def execute(self, plan: Plan) -> StepResult:
-        self._fault(plan.number)
+    def submit(self, plan: Plan):
+        self.fault(plan.number)
         with open(Path(self.config.folder) / f"seen{self.rank}", "a") as seen:
             seen.write(f"{plan.number}:{int(plan.tokens.sum())} ")
         tokens = ints([[int(plan.tokens.sum()) % 1000 * 10 + self.rank]])
-        return StepResult(plan.number, tokens, np.ones(1, dtype=np.int32))
+        return Answer(self, StepResult(plan.number, tokens, np.ones(1, dtype=np.int32)))
 
-    def _fault(self, when):
+    def fault(self, when):
         rank, at, how = self.config.fault or (None, None, None)
         if (rank, at) != (self.rank, when):
             return
+        if how == "refuse":
+            raise ClientError("no such checkpoint", "model")
         if how == "raise":
             raise RuntimeError("boom in the fake worker")
         if how == "kill":
@@ -43,3 +47,12 @@ class FakeWorker:
             sys.exit(3)
         if how == "hang":
             time.sleep(600)
+
+
+class Answer:
+    def __init__(self, worker, value):
+        self.worker, self.value = worker, value
+
+    def result(self) -> StepResult:
+        self.worker.fault(-self.value.number)  # what only the wait for a device brings to light
+        return self.value

@@ -16,12 +16,14 @@ import pytest
 from quire.executor import multiproc
 from quire.executor.multiproc import MultiprocExecutor
 from quire.parallel.launch import describe_exit
-from quire.types.errors import EngineError
+from quire.types.errors import ClientError, EngineError
 from quire.types.params import SamplingParams
 from quire.types.plan import NewRow, Plan, ints
 
 HERE = Path(__file__).parent
 SRC = HERE.parents[1] / "src"
+LOG = SimpleNamespace(log_level="warning")
+FAKE = "fake_worker:FakeWorker"
 LIMIT_S = 30.0  # no wait in these tests may reach it
 
 
@@ -39,8 +41,8 @@ def start(tmp_path, monkeypatch):
     made = []
 
     def make(fault=None, world=2):
-        config = SimpleNamespace(folder=str(tmp_path), fault=fault)
-        made.append(MultiprocExecutor(config, world, worker="fake_worker:FakeWorker"))
+        config = SimpleNamespace(folder=str(tmp_path), fault=fault, observability=LOG)
+        made.append(MultiprocExecutor(config, world, worker=FAKE))
         return made[-1]
 
     yield make
@@ -48,8 +50,11 @@ def start(tmp_path, monkeypatch):
         executor.shutdown()
 
 
-def pids(folder, world=2):
-    return [int((folder / f"pid{rank}").read_text()) for rank in range(world)]
+def pids(folder):
+    """Of the workers that came far enough to note it."""
+    found = [int(path.read_text()) for path in folder.glob("pid*")]
+    assert found
+    return found
 
 
 def gone(pid):
@@ -68,7 +73,7 @@ def wait_until_gone(processes, limit_s=10.0):
 
 def test_plans_reach_all_ranks_and_results_come_back_in_order(start, tmp_path):
     executor = start(world=2)
-    assert executor.num_blocks == 90  # the smaller of the two
+    assert (executor.num_blocks, executor.num_host_blocks) == (90, 7)  # the smaller of the ranks'
     assert [g.kind for g in executor.kv_groups] == ["full", "sliding"]
     for pid in pids(tmp_path):
         os.kill(pid, signal.SIGINT)  # a Ctrl-C reaches the whole foreground group; it is the parent's to handle
@@ -78,7 +83,7 @@ def test_plans_reach_all_ranks_and_results_come_back_in_order(start, tmp_path):
     assert [r.number for r in results] == list(range(5))
     assert [int(r.tokens[0, 0]) for r in results] == [0, sum(wide) % 1000 * 10, 20, 30, 40]
     callback = SamplingParams(logits_processors=[lambda ids, logits: logits])
-    with pytest.raises(EngineError, match="cannot be sent"):
+    with pytest.raises(ClientError, match="cannot be sent"):
         executor.submit(plan(5, params=callback)).result(LIMIT_S)
     assert int(executor.submit(plan(6, [7], SamplingParams(seed=2))).result(LIMIT_S).tokens[0, 0]) == 70
     began = time.monotonic()
@@ -88,7 +93,7 @@ def test_plans_reach_all_ranks_and_results_come_back_in_order(start, tmp_path):
     for rank in range(2):
         seen = [int(part.split(":")[0]) for part in (tmp_path / f"seen{rank}").read_text().split()]
         assert seen == [0, 1, 2, 3, 4, 6]
-    assert not executor._folder.exists()
+    assert not executor._ranks.folder.exists()
     with pytest.raises(EngineError, match="shut down"):
         executor.submit(plan(7)).result(LIMIT_S)
     executor.shutdown()
@@ -99,6 +104,7 @@ def test_plans_reach_all_ranks_and_results_come_back_in_order(start, tmp_path):
     [
         ((1, 2, "raise"), ["worker 1 of 2 ended with exit code 70", "Traceback", "RuntimeError: boom in the fake"]),
         ((0, 2, "kill"), ["worker 0 of 2 was killed by SIGKILL (exit code -9)"]),
+        ((0, -2, "raise"), ["worker 0 of 2 ended with exit code 70", "in result", "RuntimeError: boom in the fake"]),
         ((1, 2, "exit"), ["worker 1 of 2 ended with exit code 70", "SystemExit: 3"]),
     ],
 )
@@ -109,7 +115,7 @@ def test_a_dead_worker_fails_what_is_pending(start, tmp_path, fault, expected):
     # rank 0 may have answered plan 2 before rank 1 fails in it, and hung plans must not hide a later one's failure
     futures = [executor.submit(plan(n)) for n in (2, 3, 4)]
     until = time.monotonic() + LIMIT_S
-    while executor._broken is None and time.monotonic() < until:
+    while executor._ranks.broken is None and time.monotonic() < until:
         time.sleep(0.01)
     last = executor.submit(plan(5))
     failures = [f.exception(LIMIT_S) for f in [*futures, last]]
@@ -127,6 +133,13 @@ def test_a_worker_that_cannot_be_made_is_told_by_the_constructor(start, tmp_path
     wait_until_gone(pids(tmp_path))
 
 
+def test_what_the_caller_can_mend_is_a_client_error(start, tmp_path):
+    with pytest.raises(ClientError, match=r"^no such checkpoint$") as caught:
+        start((1, "start", "refuse"))
+    assert caught.value.parameter == "model"
+    wait_until_gone(pids(tmp_path))
+
+
 def test_shutdown_does_not_wait_for_a_stuck_worker(start, tmp_path, monkeypatch):
     monkeypatch.setattr(multiproc, "_STOP_S", 0.3)
     executor = start((0, 1, "hang"))
@@ -138,6 +151,13 @@ def test_shutdown_does_not_wait_for_a_stuck_worker(start, tmp_path, monkeypatch)
     wait_until_gone(pids(tmp_path))
 
 
+def test_workers_end_with_an_executor_that_is_forgotten(start, tmp_path):
+    executor = MultiprocExecutor(SimpleNamespace(folder=str(tmp_path), fault=None, observability=LOG), 1, FAKE)
+    assert executor.submit(plan(1)).result(LIMIT_S).number == 1
+    del executor
+    wait_until_gone(pids(tmp_path))
+
+
 # No guard against being imported again, and the parent goes without a word.
 SCRIPT = """
 import os, signal, sys
@@ -145,6 +165,7 @@ from types import SimpleNamespace
 from quire.executor.multiproc import MultiprocExecutor
 sys.path.insert(0, {here!r})
 config = SimpleNamespace(folder={folder!r}, fault=(1, 1, "hang"))
+config.observability = SimpleNamespace(log_level="warning")
 executor = MultiprocExecutor(config, 2, worker="fake_worker:FakeWorker")
 from quire.types.plan import Plan, ints
 z = ints([0])

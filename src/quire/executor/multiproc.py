@@ -32,11 +32,13 @@ import msgspec
 import torch
 
 from quire.config.schema import Config
+from quire.executor.base import Result
 from quire.parallel.groups import join
 from quire.parallel.launch import ERROR, Channel, Child, describe_exit, load
-from quire.types.errors import EngineError
+from quire.types.errors import ClientError, EngineError
 from quire.types.kv import KVGroup
 from quire.types.plan import Plan, StepResult, decode, encode
+from quire.utils.logging import setup_logging
 
 WORKER = "quire.runner.worker:Worker"
 _SERVE = "quire.executor.multiproc:serve"
@@ -45,11 +47,19 @@ _STOP_S = 5.0  # how long the workers may take to end when asked
 _GRACE_S = 0.5  # how long after the first failure others are listened to, to tell the cause from its consequences
 
 
-class Ready(msgspec.Struct, frozen=True):
-    """A worker's first message: what it can hold. The ranks have agreed on `num_blocks`."""
+class Ready(msgspec.Struct, frozen=True, tag=True):
+    """A worker's first message: what it can hold. The ranks have agreed on the numbers of blocks."""
 
     num_blocks: int
+    num_host_blocks: int
     kv_groups: tuple[KVGroup, ...]
+
+
+class Refused(msgspec.Struct, frozen=True, tag=True):
+    """The other first message: the worker cannot be made, and the caller can mend it."""
+
+    text: str
+    parameter: str | None
 
 
 @dataclass(frozen=True)
@@ -66,81 +76,100 @@ class _End:
 
 
 class MultiprocExecutor:
-    """Runs `world` workers, by default as many as the configuration says, in processes of this machine.
+    """Runs `world` workers, by default as many as the configuration says, in processes of this machine. They end with
+    `shutdown`, or when the executor is no longer referred to.
 
     Args:
         config: passed to each worker.
-        worker: "module:Class", made in each process as cls(config, rank=..., world=...); it has `execute(plan)`,
-            `num_blocks` and `kv_groups`.
+        worker: "module:Class", made in each process as cls(config, rank=..., world=...): see `runner.worker.Worker`.
 
     Raises:
-        EngineError: a worker could not be made; the text holds its traceback.
+        ClientError: what a worker found wrong with the configuration or the checkpoint.
+        EngineError: a worker could not be made for another reason; the text holds its traceback.
     """
 
     def __init__(self, config: Config, world: int | None = None, worker: str = WORKER) -> None:
-        self.world = world or config.parallel.world_size
-        self._folder = Path(tempfile.mkdtemp(prefix="quire-"))
-        self._ready: Future[Ready] = Future()
-        self._lock = threading.Lock()  # of the four below
-        self._pending: deque[Future[StepResult]] = deque()
-        self._broken: str | None = None
-        self._closing = False
-        self._children: list[Child] = []
-        self._outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
-        arguments = [(config, rank, self.world, str(self._folder / "meeting"), worker) for rank in range(self.world)]
-        self._listener = threading.Thread(target=self._listen, args=(arguments,), name="quire-listen", daemon=True)
-        self._sender = threading.Thread(target=self._send, name="quire-send", daemon=True)
-        # reached at the interpreter's exit; an executor that is merely forgotten is kept alive by its threads
-        self._finalizer = weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
-        self._listener.start()
-        self._sender.start()
+        self._ranks = ranks = _Ranks(config, world or config.parallel.world_size, worker)
+        self._finalizer = weakref.finalize(self, ranks.shutdown)
         try:
-            ready = self._ready.result()
+            ready = ranks.ready.result()
         except BaseException:
             self.shutdown()
             raise
         self.num_blocks: int = ready.num_blocks
+        self.num_host_blocks: int = ready.num_host_blocks
         self.kv_groups: tuple[KVGroup, ...] = ready.kv_groups
 
     def submit(self, plan: Plan) -> Future[StepResult]:
         """Sends the plan to all workers. The future fails with `EngineError` where a worker fails or has failed."""
+        return self._ranks.submit(plan)
+
+    def shutdown(self) -> None:
+        """Ends the workers, in bounded time; what is pending fails. May be called again."""
+        self._ranks.shutdown()
+        self._finalizer.detach()
+
+
+class _Ranks:
+    """The processes and the threads that serve them; apart from the executor, which its threads must not keep alive."""
+
+    def __init__(self, config: Config, world: int, worker: str) -> None:
+        self.world = world
+        self.ready: Future[Ready] = Future()
+        self.folder = Path(tempfile.mkdtemp(prefix="quire-"))
+        self.children: list[Child] = []
+        self.broken: str | None = None
+        self._closing = False
+        self._pending: deque[Future[StepResult]] = deque()
+        self._lock = threading.Lock()  # of the four above
+        self._outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        arguments = [(config, rank, world, str(self.folder / "meeting"), worker) for rank in range(world)]
+        self._listener = threading.Thread(target=self._listen, args=(arguments,), name="quire-listen", daemon=True)
+        self._sender = threading.Thread(target=self._send, name="quire-send", daemon=True)
+        self._listener.start()
+        self._sender.start()
+
+    def submit(self, plan: Plan) -> Future[StepResult]:
         future: Future[StepResult] = Future()
         future.set_running_or_notify_cancel()  # a plan that is sent cannot be called back
         try:
             data = encode(plan)
-        except NotImplementedError as error:  # a callable among the sampling parameters
-            future.set_exception(EngineError(f"the step cannot be sent to worker processes: {error}"))
+        except NotImplementedError as error:
+            text = f"logits_processors of a request cannot be sent to worker processes ({error}); use engine-wide ones"
+            future.set_exception(ClientError(text, "logits_processors"))
             return future
         with self._lock:
-            if self._broken is None and not self._closing:
+            if self.broken is None and not self._closing:
                 self._pending.append(future)
                 self._outbox.put(data)
                 return future
-            reason = self._broken or "the executor is shut down"
+            reason = self.broken or "the executor is shut down"
         future.set_exception(EngineError(reason))
         return future
 
     def shutdown(self) -> None:
-        """Ends the workers, in bounded time; what is pending fails. May be called again."""
         with self._lock:
             first, self._closing = not self._closing, True
         if first:
             self._outbox.put(_STOP)
             self._outbox.put(None)
         self._listener.join(_STOP_S)
-        for child in self._children:
-            child.kill()
+        with self._lock:
+            for child in self.children:
+                child.kill()
         self._listener.join()
         self._sender.join()
+        for child in self.children:
+            child.channel.close()
         self._fail_pending("the executor is shut down")
-        self._finalizer()
+        shutil.rmtree(self.folder, ignore_errors=True)
 
     # --- sending ---
 
     def _send(self) -> None:
         """Runs in a thread: every message to every rank."""
         while (data := self._outbox.get()) is not None:
-            for child in self._children:
+            for child in self.children:
                 with contextlib.suppress(OSError):  # a dead rank: the listener sees it
                     child.channel.send_bytes(data)
 
@@ -151,19 +180,18 @@ class MultiprocExecutor:
         try:
             with self._lock:  # a shutdown comes before the first process or after the last
                 for each in () if self._closing else arguments:
-                    self._children.append(Child(_SERVE, each))
+                    self.children.append(Child(_SERVE, each))
             self._hear()
         except BaseException as error:
             self._fail(f"the worker processes could not be run: {error!r}")
             raise
         finally:
-            for child in self._children:
+            for child in self.children:
                 child.kill()
-                child.channel.close()
 
     def _hear(self) -> None:
         """Until the ranks have ended, or one has failed."""
-        ranks = {child.channel: rank for rank, child in enumerate(self._children)}
+        ranks = {child.channel: rank for rank, child in enumerate(self.children)}
         ready: dict[int, Ready] = {}
         while ranks:
             for channel in wait(list(ranks)):
@@ -175,17 +203,22 @@ class MultiprocExecutor:
                         self._fail(self._report(data, list(ranks.values())))
                         return
                 elif rank not in ready:
-                    ready[rank] = decode(data, Ready)
+                    first = decode(data, Ready | Refused)
+                    if isinstance(first, Refused):
+                        self.ready.set_exception(ClientError(first.text, first.parameter))
+                        return
+                    ready[rank] = first
                     if len(ready) == self.world:
-                        self._ready.set_result(ready[0])
+                        self.ready.set_result(first)
                 else:
+                    result = decode(data, StepResult)
                     with self._lock:
                         future = self._pending.popleft()
-                    future.set_result(decode(data, StepResult))
+                    future.set_result(result)
 
     def _receive(self, rank: int) -> bytes | _End:
         """The next message of a rank that has one, or how it ended."""
-        child, text = self._children[rank], ""
+        child, text = self.children[rank], ""
         try:
             data = child.channel.recv_bytes()
             if not data.startswith(ERROR):
@@ -199,7 +232,7 @@ class MultiprocExecutor:
         """What failed, causes first: a rank that was killed says nothing, while its neighbours complain loudly about
         the connection to it, perhaps sooner."""
         ends, until = [first], time.monotonic() + _GRACE_S
-        channels = {self._children[rank].channel: rank for rank in others}
+        channels = {self.children[rank].channel: rank for rank in others}
         while channels and (left := until - time.monotonic()) > 0:
             for channel in wait(list(channels), left):
                 end = self._receive(channels[channel])  # type: ignore[index]
@@ -210,12 +243,12 @@ class MultiprocExecutor:
         return "\n".join(end.describe(self.world) for end in ends)
 
     def _fail(self, reason: str) -> None:
-        if not self._closing and not self._ready.done():
+        if not self._closing and not self.ready.done():
             reason = f"the engine could not be started: {reason}"
         with self._lock:
-            self._broken = self._broken or reason
-        if not self._ready.done():
-            self._ready.set_exception(EngineError(reason))
+            self.broken = self.broken or reason
+        if not self.ready.done():
+            self.ready.set_exception(EngineError(reason))
         self._fail_pending(reason)
 
     def _fail_pending(self, reason: str) -> None:
@@ -227,12 +260,31 @@ class MultiprocExecutor:
 
 def serve(channel: Channel, config: Config, rank: int, world: int, meeting: str, worker: str) -> None:
     """What each process runs: makes the worker, then executes plans in the order they come until it is stopped."""
+    setup_logging(config.observability.log_level if rank == 0 else "warning")
     group = join(rank, world, Path(meeting))
-    made = load(worker)(config, rank=rank, world=world)
-    blocks = group.all_reduce(torch.tensor([made.num_blocks]), "min")  # the ranks may have measured differently
-    channel.send(encode(Ready(int(blocks), tuple(made.kv_groups))))
+    try:
+        made = load(worker)(config, rank=rank, world=world)
+    except ClientError as error:
+        channel.send(encode(Refused(str(error), error.parameter)))
+        channel.receive()  # the others may still be loading; the end comes from the parent
+        return
+    # the ranks may have measured differently
+    blocks, host_blocks = group.all_reduce(torch.tensor([made.num_blocks, made.num_host_blocks]), "min").tolist()
+    channel.send(encode(Ready(blocks, host_blocks, tuple(made.kv_groups))))
+    answers: queue.SimpleQueue[Result | None] = queue.SimpleQueue()
+    answering = threading.Thread(target=_answer, args=(channel, answers), name="quire-answer", daemon=True)
+    answering.start()
     while data := channel.receive():
-        result = made.execute(decode(data, Plan))
+        result = made.submit(decode(data, Plan))
         if rank == 0:
-            channel.send(encode(result))
+            answers.put(result)
+    answers.put(None)
+    answering.join()
     group.close()
+
+
+def _answer(channel: Channel, answers: queue.SimpleQueue[Result | None]) -> None:
+    """Runs in a thread: waits for the device, so that the main thread can start the next plan meanwhile."""
+    with channel.failing():
+        while (result := answers.get()) is not None:
+            channel.send(encode(result.result()))

@@ -25,12 +25,13 @@ import subprocess
 import sys
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib import import_module
 from multiprocessing.connection import Connection, Pipe
 from typing import Any
 
 _PR_SET_PDEATHSIG = 1
+ERROR = b"!"  # begins a child's last message: the text of a traceback
 FAILED = 70  # exit code of a child whose function raised (EX_SOFTWARE)
 
 
@@ -96,7 +97,19 @@ class Channel:
         return self._inbox.get()
 
     def send(self, data: bytes) -> None:
+        """From one thread at a time."""
         self._connection.send_bytes(data)
+
+    @contextlib.contextmanager
+    def failing(self) -> Iterator[None]:
+        """Ends the process if the body raises, in whichever thread, and tells the parent why."""
+        try:
+            yield
+        except BaseException:
+            with contextlib.suppress(OSError):
+                self.send(ERROR + traceback.format_exc().encode())
+            sys.stderr.flush()
+            os._exit(FAILED)  # other threads, or a collective's, must not hold up the end
 
     def _read(self) -> None:
         try:
@@ -107,7 +120,7 @@ class Channel:
 
 
 def main(fd: int, parent: int) -> None:
-    """Runs what the parent asks for. An exception is told to the parent as the traceback's text after `ERROR`."""
+    """Runs what the parent asks for."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     faulthandler.enable()
     os.set_inheritable(fd, False)
@@ -118,16 +131,8 @@ def main(fd: int, parent: int) -> None:
     except EOFError:
         return
     channel = Channel(connection)
-    try:
+    with channel.failing():
         load(target)(channel, *arguments)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            channel.send(ERROR + traceback.format_exc().encode())
-        sys.stderr.flush()
-        os._exit(FAILED)  # other threads, or a collective's, must not hold up the end
-
-
-ERROR = b"!"
 
 
 def load(target: str) -> Callable[..., Any]:
