@@ -206,3 +206,26 @@ def test_token_logprobs():
     ids, values, _ = token_logprobs(x, torch.tensor([4, 9, 0]), torch.tensor([[1, 2]] * 3), normalise=False)
     assert ids.tolist() == [[4, 1, 2], [9, 1, 2], [0, 1, 2]]
     assert torch.equal(values[0], x[0, [4, 1, 2]])
+
+
+def test_nothing_reads_a_value():
+    """Tensors without values: what waits for the device, or has a size that depends on values, raises."""
+    s, v = 3, 40
+
+    def meta(*shape, dtype=torch.float32):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    whole = torch.int64
+    x, rows, index = meta(s, v), meta(s), meta(s, dtype=whole)
+    noise = Noise(index, index, index)
+    add_edits(x, meta(s, 5, dtype=whole), meta(s, 5), meta(s, 5, dtype=whole), index)
+    forbid_words(x, meta(s, 2, 3, dtype=whole), meta(s, 2, dtype=whole))
+    penalise(x, meta(s, v, dtype=torch.int32), rows, rows, rows)
+    assert draw_greedy(x)[0].shape == (s,)
+    low, top = thresholds(x, rows, index, rows.double(), max_k=8, nucleus=True, static=True)
+    assert low.shape == top.shape == (s,)
+    assert draw(x, low, meta(s, dtype=torch.bool), noise, static=True).shape == (s,)
+    ids, values, ranks = token_logprobs(x, index, 4, normalise=True)
+    assert (ids.shape, values.shape, ranks.shape) == ((s, 5), (s, 5), (s,))
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        draw(x, low, meta(s, dtype=torch.bool), noise, static=False)
