@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import random
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -259,11 +260,27 @@ def test_an_ended_answer_is_aborted_and_kept_as_far_as_it_came(conversation: Mak
     talk, engine = conversation("one two three", "next")
     stream = talk.say("count")
     assert next(stream) == "one "
-    stream.close()  # pyright: ignore[reportAttributeAccessIssue]
+    stream.close()
     assert engine.aborted == [engine.requests[0][0]] and engine.drained == 1
     assert talk.messages[-1] == {"role": "assistant", "content": "one "}
     assert list(talk.say("again")) == ["next"]
     assert len(engine.aborted) == 1
+
+
+def test_ctrl_c_ends_an_answer_between_two_steps(conversation: Make, capsys: pytest.CaptureFixture[str]) -> None:
+    talk, engine = conversation("one two three", "next")
+    step = engine.step
+
+    def interrupted() -> list[RequestOutput]:
+        signal.raise_signal(signal.SIGINT)
+        return step()
+
+    engine.step = interrupted
+    before = signal.getsignal(signal.SIGINT)
+    chat.answer(talk, "count")
+    assert capsys.readouterr().out == "one  [ended]\n"
+    assert talk.messages[-1]["content"] == "one " and len(engine.aborted) == 1
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_a_refused_message_leaves_the_conversation_as_it_was(conversation: Make) -> None:

@@ -6,8 +6,11 @@ program.
 
 from __future__ import annotations
 
+import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -71,7 +74,7 @@ class Conversation:
         """Forget everything but the system message."""
         self.messages: list[dict[str, str]] = [{"role": "system", "content": self._system}] if self._system else []
 
-    def say(self, text: str) -> Iterator[str]:
+    def say(self, text: str) -> Generator[str]:
         """The answer, piece by piece. Closing the iterator, or an exception in its consumer, ends the request; what
         was said till then stays in the conversation. Errors: `ClientError` where the conversation cannot be asked
         (too long, say): it is then as it was before."""
@@ -106,14 +109,33 @@ class Conversation:
 def answer(chat: Conversation, text: str) -> None:
     """Print the answer as it comes; Ctrl-C ends it."""
     stream = chat.say(text)
-    try:
+    with interrupts() as ended:
         for piece in stream:
             click.echo(piece, nl=False)
             sys.stdout.flush()
-    except KeyboardInterrupt:
-        stream.close()  # pyright: ignore[reportAttributeAccessIssue]
-        click.echo(" [ended]", nl=False)
+            if ended:
+                click.echo(" [ended]", nl=False)
+                break
+        stream.close()
     click.echo()
+
+
+@contextmanager
+def interrupts() -> Iterator[list[int]]:
+    """A list that Ctrl-C adds to, so that it takes effect between two steps and never within one; the second Ctrl-C
+    is the usual exception."""
+    ended: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        if ended:
+            raise KeyboardInterrupt
+        ended.append(number)
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield ended
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def loop(chat: Conversation, model: str) -> None:
@@ -126,6 +148,8 @@ def loop(chat: Conversation, model: str) -> None:
         try:
             text = input("> " if terminal else "").strip()
         except EOFError:
+            if terminal:
+                click.echo()
             return
         except KeyboardInterrupt:
             click.echo()
