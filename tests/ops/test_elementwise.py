@@ -13,7 +13,6 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEm
 from quire.config.arch import arch_from_hf
 from quire.ops.activation import ACTIVATIONS, activation, gated_activation
 from quire.ops.norm import layer_norm, rms_norm
-from quire.ops.platform import detect
 from quire.ops.rotary import rotary, rotary_table
 
 CPU = torch.device("cpu")
@@ -103,9 +102,3 @@ def test_partial_rotation_leaves_the_rest() -> None:
     assert torch.equal(out[..., 8:], q[..., 8:])
     assert torch.equal(out[0], q[0])
     assert not torch.allclose(out[1:, :, :8], q[1:, :, :8])
-
-
-def test_the_platform_has_a_name() -> None:
-    facts = detect(CPU)
-    assert facts.capability == (0, 0)
-    assert facts.name

@@ -1,16 +1,13 @@
-"""Writing and moving KV pages. Owns: the layout (2, N, B, K, E) of a layer's KV tensor. Knows no block accounting.
+"""Writing and moving KV pages. Owns: the layout (2, N, B, K, E) of a layer's KV tensor. Knows no block accounting; the
+write is part of the op `attention`, which faster implementations fuse.
 
 Shape legend: T tokens, N blocks, B tokens of a block, K KV heads, E head size, C copies.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 from torch import Tensor
-
-from quire.ops.dispatch import REGISTRY
 
 
 def write_kv(k_TKE: Tensor, v_TKE: Tensor, kv: Tensor, slots_T: Tensor) -> None:
@@ -33,13 +30,3 @@ def copy_pages(kv: Tensor, sources_C: Tensor, targets_C: Tensor) -> None:
     """Copies whole pages (int64 ids) of one KV tensor (2, N, B, K, E); every source is read before a target is
     written."""
     kv[:, targets_C] = kv[:, sources_C]
-
-
-def copy_pages_all(layers: Iterable[Tensor], sources_C: Tensor, targets_C: Tensor) -> None:
-    """`copy_pages` for each KV tensor."""
-    for kv in layers:
-        copy_pages(kv, sources_C, targets_C)
-
-
-WRITE_KV = REGISTRY.op("write_kv", write_kv)
-COPY_PAGES = REGISTRY.op("copy_pages", copy_pages)
