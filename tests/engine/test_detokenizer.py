@@ -116,3 +116,27 @@ def test_time_for_each_token_is_constant(kind: str) -> None:
 
     seconds(100)
     assert seconds(4000) < 30 * seconds(400) + 0.005
+
+
+class Unknown:
+    """A tokenizer whose decoder cannot be followed token by token."""
+
+    def __init__(self, kind: str) -> None:
+        self.__dict__.update(vars(trained(kind)))
+        self.decode = trained(kind).decode
+        self.decoder = None
+
+
+@pytest.mark.parametrize("kind", EXACT)
+@given(text=st.text(max_size=30), cut=st.integers(1, 3))
+@settings(max_examples=60, deadline=None)
+def test_windows(kind: str, text: str, cut: int) -> None:
+    """Decoding in windows finds the same text, and waits for the rest of a character."""
+    tokenizer = trained(kind)
+    ids = tokenizer.encode(text)
+    want = tokenizer.decode(ids)
+    stream = Detokenizer(Unknown(kind)).stream([])  # type: ignore[arg-type]
+    parts = [stream.push(ids[i : i + cut]) for i in range(0, len(ids), cut)]
+    assert "".join(parts) + stream.finish() == want
+    if BROKEN not in want:
+        assert not any(BROKEN in part for part in parts)
