@@ -126,14 +126,13 @@ def _take_special(state: State, plan: Plan, result: StepResult, indices: list[in
 
 def _end_of(state: State, seq: Sequence) -> Delta | None:
     """The last delta of a sequence that its newest token or its length ends; None if it goes on."""
-    request, params = seq.job.request, seq.job.decoding.row_params()
-    token = seq.tokens[-1]
-    if seq.num_outputs >= params.min_tokens:
-        if token in request.eos_token_ids and not params.ignore_eos:
-            return state.delta(seq, FinishReason.STOP)
-        if token in params.all_stop_token_ids:
-            return state.delta(seq, FinishReason.STOP, stop_token=token)
-    if len(seq.tokens) >= seq.job.limit:
+    job, token = seq.job, seq.tokens[-1]
+    # before min_tokens the sampler draws none of these, unless nothing else may be drawn
+    if token in job.eos and seq.num_outputs >= job.decoding.row_params().min_tokens:
+        return state.delta(seq, FinishReason.STOP)
+    if token in job.stops and seq.num_outputs >= job.decoding.row_params().min_tokens:
+        return state.delta(seq, FinishReason.STOP, stop_token=token)
+    if len(seq.tokens) >= job.limit:
         return state.delta(seq, FinishReason.LENGTH)
     return None
 

@@ -61,14 +61,15 @@ class Sequence:
 class Job:
     """The life of a request in the core: its sequences and how they fork and end.
 
-    `limit`: tokens, prompt included, at which a sequence ends. `cached_tokens`: how much of the prompt the prefix cache
+    `limit`: tokens, prompt included, at which a sequence ends. `eos`, `stops`: the model's and the user's tokens that end
+    one. `cached_tokens`: how much of the prompt the prefix cache
     gave, None until the request has run. `prompt_logprobs_end`: the first prompt token without logprobs yet.
     `skip_cache`: it must compute its whole prompt, since it asks for prompt logprobs.
     """
 
     __slots__ = (
-        "arrival", "cached_tokens", "decoding", "forked", "limit", "live", "priority", "prompt_length",
-        "prompt_logprobs", "prompt_logprobs_end", "request", "root", "skip_cache",
+        "arrival", "cached_tokens", "decoding", "eos", "forked", "limit", "live", "priority", "prompt_length",
+        "prompt_logprobs", "prompt_logprobs_end", "request", "root", "skip_cache", "stops",
     )  # fmt: skip
 
     def __init__(self, request: Request, decoding: Decoding, arrival: int, limit: int, priority: int) -> None:
@@ -84,4 +85,7 @@ class Job:
         self.cached_tokens: int | None = None
         self.prompt_logprobs: list[PromptLogprobs] = []
         self.prompt_logprobs_end = 1
-        self.skip_cache = decoding.row_params().skip_reading_prefix_cache or False
+        params = decoding.row_params()
+        self.eos = frozenset(() if params.ignore_eos else request.eos_token_ids)
+        self.stops = frozenset(params.stop_token_ids or ())
+        self.skip_cache = params.skip_reading_prefix_cache or False

@@ -97,9 +97,7 @@ class State:
         """A sequence gets a row, with the numbers that follow from its request; the caller sets the counts."""
         job, rows, row = seq.job, self.rows, self.rows.take(seq)
         params = job.decoding.row_params()
-        stops = params.all_stop_token_ids
-        eos = () if params.ignore_eos else job.request.eos_token_ids
-        rows.eos[row] = -2 if stops or len(eos) > 1 else eos[0] if eos else -1
+        rows.eos[row] = -2 if job.stops or len(job.eos) > 1 else next(iter(job.eos), -1)
         rows.plain[row] = not job.decoding.chooses and params.num_logprobs is None and params.prompt_logprobs is None
         rows.stream[row] = job.request.stream and not job.decoding.chooses
         rows.lead[row] = job.decoding.lead
