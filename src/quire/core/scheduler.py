@@ -25,7 +25,8 @@ from quire.types.stats import EngineStats
 class Scheduler:
     """Args: `num_blocks` pages on the device and `num_host_blocks` on the host, of `block_size` tokens each; at most
     `max_num_seqs` rows; `max_num_batched_tokens` a step; sequences of at most `max_model_len` tokens; `depth` and `lead`
-    as in the module's text; `policy` "fcfs" or "priority".
+    as in the module's text; `policy` "fcfs" or "priority"; `histories`: every row comes with its tokens, since code of the
+    engine reads them.
 
     Raises `ValueError` if the pool cannot hold one sequence of `max_model_len` tokens.
     """
@@ -44,6 +45,7 @@ class Scheduler:
         policy: str = "fcfs",
         depth: int = 1,
         lead: int = 0,
+        histories: bool = False,
     ) -> None:
         kv = KVCacheManager(groups, num_blocks, block_size, num_host_blocks, prefix_caching)
         need = kv.worst_case(max_model_len, max_num_batched_tokens)
@@ -52,7 +54,7 @@ class Scheduler:
                 f"the KV cache has {num_blocks} blocks of {block_size} tokens, but one sequence of max_model_len="
                 f"{max_model_len} needs {need}: lower max_model_len or give the cache more memory"
             )
-        self._state = State(Rows(max_num_seqs), kv, max_model_len)
+        self._state = State(Rows(max_num_seqs), kv, max_model_len, histories)
         self._planner = Planner(self._state, max_num_batched_tokens, depth, lead, chunked_prefill)
         self._lead = lead
         self._by_priority = policy == "priority"
@@ -131,27 +133,19 @@ class Scheduler:
         return commit(self._state, flight, result)
 
     def discard(self) -> list[str]:
-        """A step failed: drop all plans in flight and have every running sequence start over from its known tokens;
-        nothing that those plans wrote is found again. Returns the ids of the requests that the oldest plan ran."""
+        """A step failed: drop all plans in flight and have every sequence start over from its known tokens; no block is
+        trusted any more. Returns the ids of the requests that the oldest plan ran."""
         state = self._state
-        oldest = self._flights[0] if self._flights else None
         suspects: dict[str, None] = {}
-        if oldest is not None:
-            for row, epoch in zip(oldest.plan.rows.tolist(), oldest.row_epochs.tolist(), strict=True):
+        for flight in list(self._flights)[:1]:
+            for row, epoch in zip(flight.plan.rows.tolist(), flight.row_epochs.tolist(), strict=True):
                 seq = state.rows.sequence[row]
                 if seq is not None and state.rows.epoch[row] == epoch:
                     suspects[seq.job.request.id] = None
         self._flights.clear()
-        for seq in list(state.running):
-            if seq.status is not Status.RUNNING:
-                continue
-            state.kv.truncate(seq, 0)
-            state.kv.release(seq)
-            state.leave(seq)
-            seq.status = Status.PARKED if seq.candidates is not None else Status.WAITING
-            if seq.status is Status.WAITING:
-                state.waiting.push(seq)
-        state.kv.clear()
+        state.kv.clear()  # what the plans in flight were to write, copy or swap is not to be found, here or on the host
+        for seq in [seq for job in state.jobs.values() for seq in job.live.values()]:
+            state.restart(seq)
         return list(suspects)
 
     @property

@@ -64,10 +64,11 @@ class Counters:
 
 
 class State:
-    def __init__(self, rows: Rows, kv: KVCacheManager, max_length: int) -> None:
+    def __init__(self, rows: Rows, kv: KVCacheManager, max_length: int, histories: bool) -> None:
         self.rows = rows
         self.kv = kv
         self.max_length = max_length
+        self._histories = histories
         self.jobs: dict[str, Job] = {}
         self.waiting = Waiting()
         self.running: list[Sequence] = []
@@ -148,6 +149,15 @@ class State:
         if seq.status is Status.WAITING:
             self.waiting.push(seq)
 
+    def restart(self, seq: Sequence) -> None:
+        """Forget every block of the sequence, here and on the host: it computes its known tokens again."""
+        self.kv.release(seq)
+        if seq.status is Status.RUNNING:
+            self.leave(seq)
+            seq.status = Status.PARKED if seq.candidates is not None else Status.WAITING
+            if seq.status is Status.WAITING:
+                self.waiting.push(seq)
+
     def finish(self, seq: Sequence) -> None:
         """The sequence is over, whatever it was doing."""
         if seq.status is Status.RUNNING:
@@ -173,7 +183,7 @@ class State:
             sample_index=seq.index,
             prompt_length=job.prompt_length,
             length=len(seq.tokens),
-            tokens=ints(seq.tokens) if params.needs_history else ints(),
+            tokens=ints(seq.tokens) if self._histories or params.needs_history else ints(),
             eos_token_ids=() if params.ignore_eos else job.request.eos_token_ids,
         )
 

@@ -12,6 +12,7 @@ from collections import deque
 from quire.config.schema import Config
 from quire.core.scheduler import Scheduler
 from quire.executor.base import Executor, Result
+from quire.runner.logits import has_processors
 from quire.types.errors import EngineError
 from quire.types.plan import Plan
 from quire.types.request import Delta, Request
@@ -25,6 +26,8 @@ class EngineCore:
 
     def __init__(self, config: Config, executor: Executor) -> None:
         cache, schedule = config.cache, config.scheduler
+        # Code of the user's reads all tokens so far on the host, so none of them may be unknown there.
+        processors = has_processors(config.model.logits_processors)
         self._scheduler = Scheduler(
             executor.kv_groups,
             executor.num_blocks,
@@ -37,7 +40,8 @@ class EngineCore:
             chunked_prefill=schedule.enable_chunked_prefill,
             policy=schedule.scheduling_policy,
             depth=schedule.depth,
-            lead=schedule.lead,
+            lead=0 if processors else schedule.lead,
+            histories=processors,
         )
         self._executor = executor
         self._depth = schedule.depth

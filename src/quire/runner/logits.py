@@ -58,6 +58,11 @@ class LogitsProcessor(Protocol):
         ...
 
 
+def has_processors(names: Iterable[str | type]) -> bool:
+    """Whether `load_processors` would find any."""
+    return any(True for _ in names) or bool(entry_points(group=ENTRY_POINTS))
+
+
 def load_processors(names: Iterable[str | type], vocab_size: int, device: torch.device) -> tuple[LogitsProcessor, ...]:
     """The processors of the environment's entry points, then those named ("module:Class", "module.Class" or a class).
 

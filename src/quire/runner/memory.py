@@ -43,7 +43,8 @@ def num_blocks(config: Config, groups: tuple[KVGroup, ...], dtype: torch.dtype, 
         budget = int(total * cache.gpu_memory_utilization) - (total - free)
         source = f"gpu_memory_utilization={cache.gpu_memory_utilization} of {total / GIB:.1f} GiB, {free / GIB:.1f} free"
     else:
-        budget = min(_free_host_memory() // 2, longest * config.scheduler.max_num_seqs * page)
+        share = _free_host_memory() // (2 * config.parallel.world_size)
+        budget = min(share, longest * config.scheduler.max_num_seqs * page)
         source = "half of the free memory, or what max_num_seqs sequences can fill"
     count = budget // page
     log.info("KV cache: %d blocks of %d tokens, %.2f GiB (%s)", count, cache.block_size, count * page / GIB, source)
