@@ -2,9 +2,9 @@
 
     python benchmarks/gpu/seams.py [--out FOLDER]
 
-Checks first (tokens of a tiny float32 model are those of Transformers, on the CPU and the GPU, at depth 1 and 2, with and
-without the graph, under preemption and swapping), then times a decode step of a 1B shape. Nothing here is tuned: the
-figures show what the host costs, not what the GPU can do.
+Checks first (tokens of a tiny float32 model are those of Transformers, on the CPU and the GPU, at depth 1 and 2, with
+and without the graph, under preemption and swapping), then times a decode step of a 1B shape. Nothing here is tuned:
+the figures show what the host costs, not what the GPU can do.
 """
 
 from __future__ import annotations
@@ -47,7 +47,12 @@ class StaticInputs:
         one = {"counts": 1, "within": 0, "tokens": -1, "rows": padding_row, "starts": -1, "upper": 0}
         order = torch.arange(rows, device=device)
         self.tensors = {name: torch.full((rows,), value, device=device) for name, value in one.items()}
-        self.tensors |= {"row_of": order, "sample_index": order, "last": order, "cu_q": torch.arange(rows + 1, device=device)}
+        self.tensors |= {
+            "row_of": order,
+            "sample_index": order,
+            "last": order,
+            "cu_q": torch.arange(rows + 1, device=device),
+        }
         self.tensors["sample_rows"] = self.tensors["rows"]
         self.padding = {"rows": padding_row, "starts": -1, "upper": 0}
 
@@ -147,7 +152,8 @@ def check(folder: Path) -> list[dict[str, Any]]:
     prompts = [rng.integers(0, 211, size=int(n)).tolist() for n in rng.integers(2, 200, size=24)]
     reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().cuda()
     common = {
-        "model": str(folder), "dtype": "float32", "skip_tokenizer_init": True, "block_size": 16, "max_num_batched_tokens": 128, "max_num_seqs": 16,
+        "model": str(folder), "dtype": "float32", "skip_tokenizer_init": True, "block_size": 16,
+        "max_num_batched_tokens": 128, "max_num_seqs": 16,
     }  # fmt: skip
     cases: list[tuple[str, dict[str, Any], bool]] = [
         ("cpu", {"device": "cpu"}, False),
@@ -167,7 +173,8 @@ def check(folder: Path) -> list[dict[str, Any]]:
         tokens = generate(llm, prompts, 40)
         schedule = llm.llm_engine.config.scheduler
         rows.append({
-            "case": name, "equal": sum(agrees(reference, *pair) for pair in zip(prompts, tokens, strict=True)), "of": len(prompts),
+            "case": name, "of": len(prompts),
+            "equal": sum(agrees(reference, *pair) for pair in zip(prompts, tokens, strict=True)),
             "depth": schedule.depth, "lead": schedule.lead, "preemptions": llm.llm_engine.client.stats().preemptions,
             "replays": runner.replays if runner else 0,
         })  # fmt: skip
@@ -196,7 +203,9 @@ def time_steps(folder: Path, batch: int, steps: int) -> list[dict[str, Any]]:
         executor = core._executor  # type: ignore[attr-defined]
         plain = executor.submit
 
-        def timed(plan: Plan, plain: Any = plain, begins: list[float] = begins, submit_s: list[float] = submit_s) -> Any:
+        def timed(
+            plan: Plan, plain: Any = plain, begins: list[float] = begins, submit_s: list[float] = submit_s
+        ) -> Any:
             begin = time.perf_counter()
             out = plain(plan)
             submit_s.append(time.perf_counter() - begin)

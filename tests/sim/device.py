@@ -1,8 +1,8 @@
 """A device that computes nothing and checks everything.
 
-Each KV cell holds the name of the whole prefix up to its token, so reading a wrong, stale or overwritten cell is seen at
-once; the next token is a function of that name, the seed, the sample index and the position. So every run of a workload,
-however it was scheduled, must show the tokens that `Oracle` computes without an engine.
+Each KV cell holds the name of the whole prefix up to its token, so reading a wrong, stale or overwritten cell is seen
+at once; the next token is a function of that name, the seed, the sample index and the position. So every run of a
+workload, however it was scheduled, must show the tokens that `Oracle` computes without an engine.
 """
 
 from __future__ import annotations
@@ -58,6 +58,11 @@ class SimDevice:
     names: dict[int, tuple[int, int, int]] = field(default_factory=dict)  # name -> (name before, token, position)
     computed: int = 0
 
+    def forget(self) -> None:
+        """The step failed: no page holds what anybody believes."""
+        self.pages.clear()
+        self.host.clear()
+
     def execute(self, plan: Plan) -> StepResult:
         plan = decode(encode(plan), Plan)  # what travels is all there is
         self._prepare(plan)
@@ -75,9 +80,7 @@ class SimDevice:
             tokens.append(row.last)
             k = row.params.params.num_logprobs
             logprobs.append(None if k is None else self._logprobs(ends[s], row.last, k))
-        return StepResult(
-            plan.number, ints(tokens, (-1, 1)), np.ones(len(tokens), np.int32), logprobs=tuple(logprobs)
-        )
+        return StepResult(plan.number, ints(tokens, (-1, 1)), np.ones(len(tokens), np.int32), logprobs=tuple(logprobs))
 
     def _logprobs(self, name: int, token: int, k: int) -> TokenLogprobs:
         order, values = ranking(name, VOCAB)

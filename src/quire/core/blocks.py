@@ -52,7 +52,7 @@ class BlockPool:
         return self._index.get(key)
 
     def take(self) -> tuple[int, Key | None]:
-        """An unheld page, now held once, and the key of the content that this evicts. The caller has checked `available`."""
+        """An unheld page, now held once, and the key of the content that this evicts. There must be one `available`."""
         block, _ = self._unheld.popitem(last=False)
         self._count[block] = 1
         key = self._key[block]

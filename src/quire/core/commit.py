@@ -33,7 +33,7 @@ def commit(state: State, flight: InFlight, result: StepResult) -> list[Delta]:
     assert result.number == plan.number, "results come in the order of the plans"
     for item in result.prompt_logprobs:
         at = int(np.flatnonzero(plan.rows == item.row)[0])
-        seq = rows.sequence[item.row]
+        seq = rows.owner(item.row)
         if seq is not None and rows.epoch[item.row] == flight.row_epochs[at]:
             _take_prompt_logprobs(seq.job, item)
     drawn, tokens = plan.sample_rows, result.tokens[:, 0]
@@ -52,9 +52,9 @@ def commit(state: State, flight: InFlight, result: StepResult) -> list[Delta]:
 
 def _take_plain(state: State, drawn: Ints, tokens: Ints) -> list[Delta]:
     rows = state.rows
-    sequences = [rows.sequence[row] for row in drawn.tolist()]
+    sequences = rows.owners(drawn.tolist())
     for seq, token in zip(sequences, tokens.tolist(), strict=True):
-        seq.tokens.append(token)  # type: ignore[union-attr]
+        seq.tokens.append(token)
     pending = rows.pending[drawn] - 1
     rows.pending[drawn] = pending
     known = rows.length[drawn] - pending
@@ -62,22 +62,22 @@ def _take_plain(state: State, drawn: Ints, tokens: Ints) -> list[Delta]:
     kv = state.kv
     if kv.prefix_caching:
         for i in np.flatnonzero((known % kv.block_size == 0) & (rows.computed[drawn] >= known)).tolist():
-            kv.publish(sequences[i], int(known[i]))  # type: ignore[arg-type]
+            kv.publish(sequences[i], int(known[i]))
     eos = rows.eos[drawn]
     ended = (tokens == eos) | (known >= rows.limit[drawn]) | (eos == -2)
     ends: dict[int, Delta] = {}
     for i in np.flatnonzero(ended).tolist():
-        if (end := _end_of(state, sequences[i])) is not None:  # type: ignore[arg-type]
+        if (end := _end_of(state, sequences[i])) is not None:
             ends[i] = end
     stream = rows.stream[drawn]
     deltas = [
-        ends[i] if i in ends else state.delta(sequences[i])  # type: ignore[arg-type]
+        ends[i] if i in ends else state.delta(sequences[i])
         for i in (np.flatnonzero(stream).tolist() if stream.any() else ())
     ]
     for i, end in ends.items():
         if not stream[i]:
             deltas.append(end)
-        state.finish(sequences[i])  # type: ignore[arg-type]
+        state.finish(sequences[i])
     return deltas
 
 
@@ -88,7 +88,7 @@ def _take_special(state: State, plan: Plan, result: StepResult, indices: list[in
     jobs: dict[int, Job] = {}
     for i in indices:
         row = int(plan.sample_rows[i])
-        seq = rows.sequence[row]
+        seq = rows.owner(row)
         if seq is None:  # it fell with a sibling beam that failed
             continue
         rows.pending[row] -= 1

@@ -18,7 +18,9 @@ def root_hash(request: Request) -> bytes:
     return blake2b(f"{request.lora_id}/{request.cache_salt}".encode(), digest_size=16).digest()
 
 
-def extend_hashes(hashes: list[bytes], root: bytes, tokens: list[int], upto: int, block_size: int, request: Request) -> None:
+def extend_hashes(
+    hashes: list[bytes], root: bytes, tokens: list[int], upto: int, block_size: int, request: Request
+) -> None:
     """Append to `hashes` (one a full block) until the blocks that end at or before token `upto` are covered."""
     for j in range(len(hashes), upto // block_size):
         parent = hashes[j - 1] if j else root

@@ -4,8 +4,8 @@ Owns the device pool, the host pool and every change of a sequence's tables. Kno
 what to grow, release or swap, and says what that does to pages (`Moves`) or that there is no room.
 
 Pages of all groups have one byte size, so one pool serves them. The groups differ in which pages a sequence needs:
-`full` and `latent` all of them; `sliding` those with tokens that the next query can still see; `state` the page with the
-state so far, and the one that the step writes.
+`full` and `latent` all of them; `sliding` those with tokens that the next query can still see; `state` the page with
+the state so far, and the one that the step writes.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from quire.types.kv import KVGroup
 
 @dataclass(frozen=True, slots=True)
 class Hit:
-    """A prefix of `tokens` tokens that is cached in every group: pages as (group, index, device page, host page), one of
-    the two pages being -1."""
+    """A prefix of `tokens` tokens that is cached in every group: pages as (group, index, device page, host page), one
+    of the two pages being -1."""
 
     tokens: int
     pages: tuple[tuple[int, int, int, int], ...]

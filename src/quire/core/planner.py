@@ -23,15 +23,17 @@ EMPTY = ints()
 
 @dataclass(slots=True)
 class Draft:
-    """A plan in the making. `chunks`: (row, start, count) of rows that compute known tokens."""
+    """A plan in the making. `rows` decode. `chunks`: (row, start, count) of rows that compute known tokens; `samples`:
+    (index among the chunks, row that gets the token); `parents`: (prompt that forks now, its index among the chunks).
+    """
 
     moves: Moves
     rows: NDArray[np.int64]
-    chunks: list[tuple[int, int, int]] = field(default_factory=list)
-    tokens: list[int] = field(default_factory=list)
-    samples: list[tuple[int, int]] = field(default_factory=list)  # (index among the chunks, row that gets the token)
-    new_rows: list[NewRow] = field(default_factory=list)
-    parents: list[tuple[Sequence, int]] = field(default_factory=list)  # (prompt that forks now, its index among chunks)
+    chunks: list[tuple[int, int, int]] = field(default_factory=list[tuple[int, int, int]])
+    tokens: list[int] = field(default_factory=list[int])
+    samples: list[tuple[int, int]] = field(default_factory=list[tuple[int, int]])
+    new_rows: list[NewRow] = field(default_factory=list[NewRow])
+    parents: list[tuple[Sequence, int]] = field(default_factory=list[tuple[Sequence, int]])
 
 
 class Planner:
@@ -90,7 +92,7 @@ class Planner:
         draft = Draft(moves, order)
         budget = self._max_tokens - int(np.count_nonzero(steady))
         for i in np.flatnonzero(~steady | (computed >= rows.capacity[order])).tolist():
-            seq = rows.sequence[order[i]]
+            seq = rows.owner(int(order[i]))
             if seq is None:  # preempted a moment ago
                 continue
             start = int(computed[i])
@@ -111,7 +113,9 @@ class Planner:
         state = self._state
         while not (capacity := state.kv.grow(seq, start, upto, moves)):
             victim = next(s for s in reversed(state.running) if s.status is Status.RUNNING)
-            assert victim is not seq or len(state.running) > 1, "a pool that holds one longest sequence is never short for it"
+            assert victim is not seq or len(state.running) > 1, (
+                "a pool that holds one longest sequence is never short for it"
+            )
             state.preempt(victim, moves)
             if victim is seq:
                 return False
@@ -238,8 +242,7 @@ class Planner:
         rows.last_plan[decode] = self._number
         if kv.prefix_caching:
             for row in decode[(computed % kv.block_size == 0) & (pending == 0)].tolist():
-                seq = rows.sequence[row]
-                assert seq is not None
+                (seq,) = rows.owners([row])
                 kv.publish(seq, int(rows.computed[row]))
         index: Ints = np.arange(num, dtype=np.int32)
         plan_rows, plan_starts = decode.astype(np.int32), starts.astype(np.int32)

@@ -37,6 +37,15 @@ class Rows:
     def num_free(self) -> int:
         return len(self._free)
 
+    def owner(self, row: int) -> Sequence | None:
+        return self.sequence[row]
+
+    def owners(self, rows: list[int]) -> list[Sequence]:
+        """The sequences of rows that all have one."""
+        owners = [self.sequence[row] for row in rows]
+        assert None not in owners
+        return owners  # type: ignore[return-value]
+
     def take(self, seq: Sequence) -> int:
         row = self._free.pop()
         self.sequence[row] = seq

@@ -1,7 +1,7 @@
 """The core's face: requests in, plans out, results in, deltas out. Arithmetic on integers; no torch, no I/O, no clock.
 
-Plans are made ahead: up to the engine's depth they may be in flight, and each sequence may be planned again while `lead`
-of its sampled tokens are unknown here. Results come back in the order of the plans.
+Plans are made ahead: up to the engine's depth they may be in flight, and each sequence may be planned again while
+`lead` of its sampled tokens are unknown here. Results come back in the order of the plans.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from quire.types.stats import EngineStats
 
 class Scheduler:
     """Args: `num_blocks` pages on the device and `num_host_blocks` on the host, of `block_size` tokens each; at most
-    `max_num_seqs` rows; `max_num_batched_tokens` a step; sequences of at most `max_model_len` tokens; `depth` and `lead`
-    as in the module's text; `policy` "fcfs" or "priority"; `histories`: every row comes with its tokens, since code of the
-    engine reads them.
+    `max_num_seqs` rows; `max_num_batched_tokens` a step; sequences of at most `max_model_len` tokens; `depth` and
+    `lead` as in the module's text; `policy` "fcfs" or "priority"; `histories`: every row comes with its tokens, since
+    code of the engine reads them.
 
     Raises `ValueError` if the pool cannot hold one sequence of `max_model_len` tokens.
     """
@@ -139,7 +139,7 @@ class Scheduler:
         suspects: dict[str, None] = {}
         for flight in list(self._flights)[:1]:
             for row, epoch in zip(flight.plan.rows.tolist(), flight.row_epochs.tolist(), strict=True):
-                seq = state.rows.sequence[row]
+                seq = state.rows.owner(row)
                 if seq is not None and state.rows.epoch[row] == epoch:
                     suspects[seq.job.request.id] = None
         self._flights.clear()

@@ -30,8 +30,8 @@ class Sequence:
     """
 
     __slots__ = (
-        "candidates", "cumulative_logprob", "first_page", "hashes", "host", "index", "job", "key", "logprobs", "published",
-        "row", "sent", "snapshots", "status", "swapped", "tables", "tokens",
+        "candidates", "cumulative_logprob", "first_page", "hashes", "host", "index", "job", "key", "logprobs",
+        "published", "row", "sent", "snapshots", "status", "swapped", "tables", "tokens",
     )  # fmt: skip
 
     def __init__(self, job: Job, index: int, tokens: list[int], num_groups: int) -> None:
@@ -61,10 +61,10 @@ class Sequence:
 class Job:
     """The life of a request in the core: its sequences and how they fork and end.
 
-    `limit`: tokens, prompt included, at which a sequence ends. `eos`, `stops`: the model's and the user's tokens that end
-    one. `cached_tokens`: how much of the prompt the prefix cache
-    gave, None until the request has run. `prompt_logprobs_end`: the first prompt token without logprobs yet.
-    `skip_cache`: it must compute its whole prompt, since it asks for prompt logprobs.
+    `limit`: tokens, prompt included, at which a sequence ends. `eos`, `stops`: the model's and the user's tokens that
+    end one. `cached_tokens`: how much of the prompt the prefix cache gave, None until the request has run.
+    `prompt_logprobs_end`: the first prompt token without logprobs yet. `skip_cache`: it must compute its whole
+    prompt, since it asks for prompt logprobs.
     """
 
     __slots__ = (

@@ -1,7 +1,7 @@
 """The mutable state of the core: jobs, queues, rows, blocks, and the few transitions of a sequence between them.
 
-Owns every change of a sequence's status. Planning (`core.planner`) and committing (`core.commit`) decide; this keeps the
-books straight: a sequence is in the waiting queue, or holds a row, or is parked, or is gone.
+Owns every change of a sequence's status. Planning (`core.planner`) and committing (`core.commit`) decide; this keeps
+the books straight: a sequence is in the waiting queue, or holds a row, or is parked, or is gone.
 """
 
 from __future__ import annotations

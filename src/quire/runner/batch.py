@@ -92,6 +92,4 @@ def build(plan: Plan, upload: Upload, table: RequestTable, kv: list[tuple[int, T
     )
     positions_T = (index_T + table.offset_R[rows_T]).clamp(min=0)
     step = Step(positions_T, meta, kv)
-    return Batch(
-        tokens_T, step, rows_R, lengths_R, upload["sample_rows"], upload["sample_index"], upload["last"]
-    )
+    return Batch(tokens_T, step, rows_R, lengths_R, upload["sample_rows"], upload["sample_index"], upload["last"])

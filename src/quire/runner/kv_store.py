@@ -7,6 +7,9 @@ Shape legend: N pages, B tokens of a page, K KV heads, E head size; a tensor is 
 
 from __future__ import annotations
 
+import math
+
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -37,11 +40,9 @@ class KVStore:
     ) -> None:
         count = max(len(group.layers) for group in groups)
         shape = (block_size, arch.num_kv_heads, arch.head_dim)
-        # zeros, which a host's allocator gives lazily: pages that are never used cost nothing there
-        self.tensors = [torch.zeros((2, num_blocks, *shape), dtype=dtype, device=device) for _ in range(count)]
-        pin = device.type == "cuda" and num_host_blocks > 0
+        self.tensors = [_zeros((2, num_blocks, *shape), dtype, device, pin=False) for _ in range(count)]
         self._host = [
-            torch.zeros((2, num_host_blocks, *shape), dtype=dtype, pin_memory=pin)
+            _zeros((2, num_host_blocks, *shape), dtype, torch.device("cpu"), pin=device.type == "cuda")
             for _ in range(count if num_host_blocks else 0)
         ]
         place = {layer: (g, i) for g, group in enumerate(groups) for i, layer in enumerate(group.layers)}
@@ -63,6 +64,13 @@ class KVStore:
             sources, targets = (ids.to(self.tensors[0].device) for ids in _ids(copies))
             for device in self.tensors:
                 copy_pages(device, sources, targets)
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, pin: bool) -> Tensor:
+    if device.type != "cpu" or pin:
+        return torch.zeros(shape, dtype=dtype, device=device, pin_memory=pin)
+    # NumPy asks the system for zeroed memory, which costs nothing until it is used; torch would write the zeros.
+    return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)
 
 
 def _ids(pairs: Ints) -> tuple[Tensor, Tensor]:

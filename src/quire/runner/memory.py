@@ -1,5 +1,5 @@
-"""How many KV pages fit. Owns: the arithmetic from bytes to pages, and the words for a shortage. Measures nothing itself
-but free memory."""
+"""How many KV pages fit. Owns: the arithmetic from bytes to pages, and the words for a shortage. Measures nothing
+itself but free memory."""
 
 from __future__ import annotations
 
@@ -41,7 +41,9 @@ def num_blocks(config: Config, groups: tuple[KVGroup, ...], dtype: torch.dtype, 
     elif device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         budget = int(total * cache.gpu_memory_utilization) - (total - free)
-        source = f"gpu_memory_utilization={cache.gpu_memory_utilization} of {total / GIB:.1f} GiB, {free / GIB:.1f} free"
+        source = (
+            f"gpu_memory_utilization={cache.gpu_memory_utilization} of {total / GIB:.1f} GiB, {free / GIB:.1f} free"
+        )
     else:
         share = _free_host_memory() // (2 * config.parallel.world_size)
         budget = min(share, longest * config.scheduler.max_num_seqs * page)

@@ -81,7 +81,7 @@ class ModelRunner:
         return sampled
 
     def _prompt_logprobs(self, plan: Plan, hidden_TD: Tensor) -> list[PromptLogprobs]:
-        """Of rows that ask for them: each position of a prompt chunk gives the logprobs of the prompt token after it."""
+        """Of rows that ask for them: each position of a chunk gives the logprobs of the prompt token after it."""
         out: list[PromptLogprobs] = []
         at = 0
         for row, start, count in zip(plan.rows.tolist(), plan.starts.tolist(), plan.counts.tolist(), strict=True):

@@ -1,8 +1,8 @@
 """The device-side row of each live sequence: its last token, its length, its block tables, its sampling parameters.
 
-Owns: those rows. A plan's changes are applied in the plan's order; which sequence a row stands for is the core's affair.
-One row beyond the last is for padding: its pages are -1, so that nothing it computes is written.
-Shape legend: R rows, P pages of a row, G KV groups.
+Owns: those rows. A plan's changes are applied in the plan's order; which sequence a row stands for is the core's
+affair. One row beyond the last is for padding: its pages are -1, so that nothing it computes is written. Shape
+legend: R rows, P pages of a row, G KV groups.
 """
 
 from __future__ import annotations

@@ -49,9 +49,7 @@ class Worker:
         self.num_blocks = memory.num_blocks(config, self.kv_groups, kv_dtype, self.device)
         self.num_host_blocks = memory.num_host_blocks(config, self.kv_groups, kv_dtype)
         try:
-            store = KVStore(
-                arch, self.kv_groups, self.num_blocks, self.num_host_blocks, size, kv_dtype, self.device
-            )
+            store = KVStore(arch, self.kv_groups, self.num_blocks, self.num_host_blocks, size, kv_dtype, self.device)
         except (RuntimeError, MemoryError) as error:
             raise ClientError(
                 f"{self.num_blocks} KV blocks on the device and {self.num_host_blocks} on the host cannot be allocated "

@@ -1,4 +1,4 @@
-"""KV groups: layers that share a cache shape and a rule. Owns the description only; blocks and tensors are elsewhere."""
+"""KV groups: layers that share a cache shape and a rule. Owns the description, not blocks or tensors."""
 
 from __future__ import annotations
 

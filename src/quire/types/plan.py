@@ -22,7 +22,7 @@ other as far as device memory can tell; that order is the contract which lets th
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 import numpy as np
@@ -138,7 +138,8 @@ class StepResult(msgspec.Struct, frozen=True):
 
 def _enc(obj: Any) -> Any:
     if isinstance(obj, np.ndarray):
-        return (obj.dtype.str, obj.shape, np.ascontiguousarray(obj).tobytes())
+        array = cast("NDArray[Any]", obj)
+        return (array.dtype.str, array.shape, array.tobytes())
     raise NotImplementedError(f"cannot send {type(obj).__name__}")
 
 
