@@ -211,7 +211,7 @@ def test_depths_preempt_and_agree(groups: tuple[KVGroup, ...], depth: int, lead:
     for host_blocks in (0, 40):
         run = Run(Engine(groups, spare_blocks=1, host_blocks=host_blocks, depth=depth, lead=lead), LONG)
         check_output(run)
-        if any(group.kind != "state" for group in groups):
+        if groups in (MIXES[0], MIXES[-1]):  # others give back what is behind a window
             assert run.scheduler.stats().preemptions > 0
 
 
