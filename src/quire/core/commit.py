@@ -70,10 +70,16 @@ def _take_plain(state: State, drawn: Ints, tokens: Ints) -> list[Delta]:
         if (end := _end_of(state, sequences[i])) is not None:
             ends[i] = end
     stream = rows.stream[drawn]
-    deltas = [
-        ends[i] if i in ends else state.delta(sequences[i])
-        for i in (np.flatnonzero(stream).tolist() if stream.any() else ())
-    ]
+    deltas = list[Delta]()
+    for i in np.flatnonzero(stream).tolist() if stream.any() else ():
+        seq = sequences[i]
+        if i in ends:
+            deltas.append(ends[i])
+        elif seq.sent > seq.job.prompt_length:  # nothing but the token is new
+            deltas.append(Delta(seq.job.request.id, seq.index, seq.tokens[seq.sent :]))
+            seq.sent = len(seq.tokens)
+        else:
+            deltas.append(state.delta(seq))
     for i, end in ends.items():
         if not stream[i]:
             deltas.append(end)

@@ -51,6 +51,7 @@ class KVCacheManager:
         self.pool = BlockPool(num_blocks)
         self.host = BlockPool(num_host_blocks)
         self.has_state = any(g.kind == "state" for g in groups)
+        self._keeps_all = all(g.kind in ("full", "latent") for g in groups)
         self._swapped: dict[int, int] = {}  # device page -> plan whose swap touches it
         self._host_releases: list[int] = []  # host pages read by swaps of the plan in the making
         self._late: list[tuple[int, Key]] = []  # state pages that the plan in the making completes
@@ -84,7 +85,11 @@ class KVCacheManager:
     def grow(self, seq: Sequence, start: int, upto: int, moves: Moves) -> int:
         """Make the tokens `start .. upto-1` writable; returns up to which token the sequence is now writable, or 0,
         with nothing changed but pages behind a window freed, if there is no room."""
-        self._release_behind(seq, start)
+        if self._keeps_all:
+            if start == len(seq.tables[0]) * self.block_size >= upto - self.block_size:
+                return self._append_page(seq, moves)  # what nearly every call of steady decoding comes to
+        else:
+            self._release_behind(seq, start)
         if self._need(seq, start, upto) > self.pool.available:
             return 0
         size = self.block_size
@@ -102,6 +107,16 @@ class KVCacheManager:
             if group.kind == "state" and upto % size == 0:
                 seq.snapshots.add(last)
         return (last + 1) * size
+
+    def _append_page(self, seq: Sequence, moves: Moves) -> int:
+        if self.pool.available < len(seq.tables):
+            return 0
+        index = len(seq.tables[0])
+        for g, table in enumerate(seq.tables):
+            page = self._take(moves)
+            moves.enter(g, seq.row, index, page)
+            table.append(page)
+        return (index + 1) * self.block_size
 
     def _unshare(self, seq: Sequence, g: int, index: int, moves: Moves) -> None:
         """Copy-on-write: the sequence gets its own copy of a page that others hold too."""
