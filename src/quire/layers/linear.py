@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from quire.layers.slots import Part, SlotModule
+from quire.ops.dispatch import Binder
+from quire.ops.linear import LINEAR
 
 
 class Linear(SlotModule):
@@ -31,9 +33,13 @@ class Linear(SlotModule):
             self.add_slot("bias", (outputs,))
         else:
             self.no_slot("bias")
+        self.op = LINEAR.reference
+
+    def bind(self, ops: Binder) -> None:
+        self.op = ops.bind(LINEAR, inputs=self.weight.shape[1], outputs=self.weight.shape[0])
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        return F.linear(x_TD, self.weight, self.bias)
+        return self.op(x_TD, self.weight, self.bias)
 
 
 class MergedLinear(SlotModule):
@@ -72,10 +78,14 @@ class MergedLinear(SlotModule):
             self.add_slot("bias", (total,), biases)
         else:
             self.no_slot("bias")
+        self.op = LINEAR.reference
+
+    def bind(self, ops: Binder) -> None:
+        self.op = ops.bind(LINEAR, inputs=self.weight.shape[1], outputs=self.weight.shape[0])
 
     def merged(self, x_TD: Tensor) -> Tensor:
         """All outputs side by side."""
-        return F.linear(x_TD, self.weight, self.bias)
+        return self.op(x_TD, self.weight, self.bias)
 
     def forward(self, x_TD: Tensor) -> tuple[Tensor, ...]:
         """One view for each part."""
@@ -108,6 +118,10 @@ class LMHead(SlotModule):
             self.add_slot("weight", (vocab_size, size))
         else:
             self.weight = tied.weight
+        self.op = LINEAR.reference
+
+    def bind(self, ops: Binder) -> None:
+        self.op = ops.bind(LINEAR, inputs=self.weight.shape[1], outputs=self.weight.shape[0])
 
     def untie(self) -> None:
         """Gives a tied head memory of its own, uninitialised."""
@@ -115,4 +129,4 @@ class LMHead(SlotModule):
         self.weight = nn.Parameter(torch.empty_like(self.weight), requires_grad=False)
 
     def forward(self, hidden_SD: Tensor) -> Tensor:
-        return F.linear(hidden_SD, self.weight).to(torch.float32)
+        return self.op(hidden_SD, self.weight, None).to(torch.float32)
