@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,7 +18,7 @@ from quire.runner.batch import Batch
 from quire.runner.kv_store import KVStore
 from quire.runner.sampler import Sampled, Sampler
 from quire.runner.table import RequestTable
-from quire.runner.upload import Upload
+from quire.runner.upload import make_upload
 from quire.types.plan import Plan, PromptLogprobs, StepResult, ints
 
 # Prompt logprobs need logits of every position: so many at a time, to bound their memory.
@@ -49,7 +50,7 @@ class ModelRunner:
         self._store = store
         self._table = table
         self._sampler = sampler
-        self._upload = Upload(device, depth + 1)
+        self._upload = make_upload(device, depth)
 
     @torch.inference_mode()
     def submit(self, plan: Plan) -> Pending:
@@ -83,14 +84,15 @@ class ModelRunner:
     def _prompt_logprobs(self, plan: Plan, hidden_TD: Tensor) -> list[PromptLogprobs]:
         """Of rows that ask for them: each position of a chunk gives the logprobs of the prompt token after it."""
         out: list[PromptLogprobs] = []
-        at = 0
-        for row, start, count in zip(plan.rows.tolist(), plan.starts.tolist(), plan.counts.tolist(), strict=True):
+        begins = np.cumsum(plan.counts) - plan.counts
+        for i in np.flatnonzero(np.diff(plan.token_offsets)).tolist():  # rows that compute known tokens
+            row, start, at = int(plan.rows[i]), int(plan.starts[i]), int(begins[i])
             params = self._table.sampling.params[row]
-            if params is not None and params.prompt_logprobs is not None:
-                end = min(start + count, int(self._table.prompt_length[row]) - 1)
-                for first in range(start, end, LOGITS_AT_ONCE):
-                    last = min(end, first + LOGITS_AT_ONCE)
-                    logits_LV = self._model.compute_logits(hidden_TD[at + first - start : at + last - start])
-                    out.append(self._sampler.prompt_logprobs(logits_LV, row, first + 1, self._table.sampling))
-            at += count
+            if params is None or params.prompt_logprobs is None:
+                continue
+            end = min(start + int(plan.counts[i]), int(self._table.prompt_length[row]) - 1)
+            for first in range(start, end, LOGITS_AT_ONCE):
+                last = min(end, first + LOGITS_AT_ONCE)
+                logits_LV = self._model.compute_logits(hidden_TD[at + first - start : at + last - start])
+                out.append(self._sampler.prompt_logprobs(logits_LV, row, first + 1, self._table.sampling))
         return out
