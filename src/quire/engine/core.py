@@ -49,17 +49,21 @@ class EngineCore:
 
     def step(self) -> list[Delta]:
         """Keep the device busy, then take in the oldest result. Raises `EngineError` if the workers are gone."""
-        while len(self._inflight) < self._depth and (plan := self._scheduler.schedule()) is not None:
-            self._inflight.append((plan, self._executor.submit(plan)))
-        if not self._inflight:
-            return []
-        plan, pending = self._inflight.popleft()
         try:
+            while len(self._inflight) < self._depth and (plan := self._scheduler.schedule()) is not None:
+                self._inflight.append((plan, self._executor.submit(plan)))
+            if not self._inflight:
+                return []
+            plan, pending = self._inflight.popleft()
             result = pending.result()
         except EngineError:
             raise
         except Exception as error:
             return self._recover(error)
+        except BaseException:  # Ctrl-C in the middle of a step: nobody knows how far it came
+            self._inflight.clear()
+            self._scheduler.discard()
+            raise
         return self._scheduler.commit(plan, result)
 
     def _recover(self, error: Exception) -> list[Delta]:
