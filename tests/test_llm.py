@@ -128,7 +128,7 @@ def test_core_that_refuses_the_second_request(make: Callable[..., LLM], monkeypa
     quiet(llm)
 
 
-def test_ctrl_c_aborts_and_leaves_the_engine_usable(make: Callable[..., LLM]) -> None:
+def test_ctrl_c_aborts_and_leaves_the_engine_usable(make: Callable[..., LLM], default_ctrl_c: None) -> None:
     llm = make()
     client = client_of(llm.llm_engine)
     finished_steps = []
@@ -308,3 +308,49 @@ def test_arguments_are_those_of_the_engine(tmp_path: Path) -> None:
         LLM("demo", max_model_length=3)
     with pytest.raises(ClientError, match="no config"):
         LLM(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda llm: llm.generate(5), "a prompt must be text.*got int"),
+        (lambda llm: llm.generate(b"abc"), "a prompt must be text.*got bytes"),
+        (lambda llm: llm.generate("a", "x"), "must be SamplingParams, got str"),
+        (lambda llm: llm.generate("a", {"temperature": 0}), "must be SamplingParams, got dict"),
+        (lambda llm: llm.generate("a", priority=1), "priority must be a list"),
+        (lambda llm: llm.generate("a", priority=["x"]), "priority must be an integer, got 'x'"),
+        (lambda llm: llm.generate("a", tokenization_kwargs=3), "tokenization_kwargs must be a dict"),
+        (lambda llm: llm.chat("hi"), "messages must be a list of dicts"),
+        (lambda llm: llm.chat({"role": "user", "content": "hi"}), "messages must be a list of dicts"),
+        (lambda llm: llm.chat([5]), "a message must be a dict"),
+        (lambda llm: llm.chat([{"role": "user", "content": "a"}], mm_processor_kwargs={"a": 1}), "mm_processor_kwargs"),
+        (
+            lambda llm: llm.chat([{"role": "user", "content": "a"}], chat_template_content_format="xml"),
+            "chat_template_content_format must be one of auto, string, openai, got 'xml'",
+        ),
+        (
+            lambda llm: llm.chat([{"role": "user", "content": "a"}], chat_template="{% if %}"),
+            "^chat template: syntax error in line 1",
+        ),
+        (
+            lambda llm: llm.beam_search("a", BeamSearchParams(2, 2), concurrency_limit="a"),
+            "concurrency_limit must be an integer",
+        ),
+    ],
+)
+def test_wrong_types_are_one_line(make: Callable[..., LLM], call: Callable[[LLM], Any], words: str) -> None:
+    llm = make()
+    with pytest.raises(ClientError, match=words) as e:
+        call(llm)
+    assert "\n" not in str(e.value)
+    assert llm.generate([[5]], use_tqdm=False)[0].outputs[0].token_ids == expected([5])
+    quiet(llm)
+
+
+def test_methods_that_are_not_here_say_why(make: Callable[..., LLM]) -> None:
+    llm = make()
+    assert not hasattr(llm, "embed")
+    with pytest.raises(AttributeError, match=r"LLM.embed is not in quire: .*pooling"):
+        llm.embed("a")
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        llm.nothing()

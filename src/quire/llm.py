@@ -11,14 +11,14 @@ import logging
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
 from quire.config.args import EngineArgs
 from quire.config.resolve import resolve
 from quire.engine.chat import Message, load_template, render_chat
-from quire.engine.inputs import Params
+from quire.engine.inputs import Params, checked_priority, default_params
 from quire.engine.llm_engine import LLMEngine
 from quire.engine.stat_logger import Metric
 from quire.types.errors import ClientError, EngineError
@@ -88,8 +88,7 @@ class LLM:
         Raises:
             ClientError: something is wrong with a prompt or its parameters; then none has been started.
         """
-        if mm_processor_kwargs:
-            raise ClientError("mm_processor_kwargs is not supported yet: leave it out", "mm_processor_kwargs")
+        _no_media(mm_processor_kwargs)
         if prompt_token_ids is not None:
             if prompts is not None:
                 raise ClientError("give prompts or prompt_token_ids, not both", "prompt_token_ids")
@@ -112,12 +111,17 @@ class LLM:
         continue_final_message: bool = False,
         tools: Sequence[Any] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        tokenization_kwargs: Mapping[str, Any] | None = None,
+        mm_processor_kwargs: Mapping[str, Any] | None = None,
     ) -> list[RequestOutput]:
         """Generate the next message of a conversation, or of each in a list of conversations.
 
         A message is a dict with `role` and `content` (text, or a list of text parts). `chat_template`: Jinja source or
         a file, instead of the tokenizer's. `tools`: descriptions handed to the template. See `generate` for the rest.
         """
+        _no_media(mm_processor_kwargs)
+        # A template writes the special tokens itself.
+        special = _add_special_tokens(tokenization_kwargs, default=False)
         prompts = self._render(
             messages,
             chat_template,
@@ -127,7 +131,7 @@ class LLM:
             tools=tools,
             template_kwargs=chat_template_kwargs,
         )
-        return self._batch(prompts, sampling_params, use_tqdm, lora_request, priority, add_special_tokens=False)
+        return self._batch(prompts, sampling_params, use_tqdm, lora_request, priority, special)
 
     def beam_search(
         self,
@@ -142,8 +146,8 @@ class LLM:
         the prompt. `concurrency_limit`: most prompts at a time."""
         if not isinstance(params, BeamSearchParams):
             raise ClientError(f"params must be BeamSearchParams, got {type(params).__name__}", "params", params)
-        if concurrency_limit is not None and concurrency_limit < 1:
-            text = f"concurrency_limit must be at least 1, got {concurrency_limit}"
+        if concurrency_limit is not None and (not isinstance(concurrency_limit, int) or concurrency_limit < 1):
+            text = f"concurrency_limit must be an integer of at least 1, got {concurrency_limit!r}"
             raise ClientError(text, "concurrency_limit", concurrency_limit)
         listed = _listed(prompts)
         _one_each(priority, listed, "priority")
@@ -199,7 +203,7 @@ class LLM:
 
     def get_default_sampling_params(self) -> SamplingParams:
         """What the model's generation_config.json says, on top of the defaults."""
-        return SamplingParams.from_optional(**self.llm_engine.config.model.generation_config)
+        return default_params(self.llm_engine.config)
 
     def get_metrics(self) -> list[Metric]:
         return self.llm_engine.stat_logger.metrics()
@@ -215,6 +219,12 @@ class LLM:
             raise ClientError("reset_running_requests and reset_connector are not supported yet", "reset_prefix_cache")
         return self.llm_engine.client.reset_prefix_cache()
 
+    def __getattr__(self, name: str) -> Any:
+        # Only called for what does not exist; `hasattr` stays false for it.
+        reason = _NOT_HERE.get(name)
+        text = f"LLM.{name} is not in quire: {reason}" if reason else f"'LLM' object has no attribute {name!r}"
+        raise AttributeError(text)
+
     def close(self) -> None:
         """Release the model. The object cannot be used after it."""
         self.llm_engine.shutdown()
@@ -228,6 +238,9 @@ class LLM:
     def _render(
         self, messages: Sequence[Any], template: str | None, content_format: str, **options: Any
     ) -> list[PromptType]:
+        if isinstance(messages, str | Mapping) or not isinstance(messages, Sequence):
+            text = f"messages must be a list of dicts with 'role' and 'content', got {messages!r}"
+            raise ClientError(text, "messages", messages)
         if not messages:
             raise ClientError("the conversation has no messages", "messages", messages)
         tokenizer = self.llm_engine.tokenizer
@@ -236,7 +249,8 @@ class LLM:
         template = template or self.llm_engine.config.model.chat_template
         if template is not None and template not in tokenizer.chat_templates:
             template = load_template(template)
-        conversations: Iterable[Any] = [messages] if isinstance(messages[0], Mapping) else messages
+        several = isinstance(messages[0], Sequence) and not isinstance(messages[0], str)
+        conversations: Sequence[Any] = messages if several else [messages]
         return [
             render_chat(tokenizer, c, chat_template=template, content_format=content_format, **options)
             for c in conversations
@@ -266,14 +280,10 @@ class LLM:
         """Check all prompts, then submit all; if anything goes wrong, nothing of them is left in the engine."""
         if params is None:
             params = self.get_default_sampling_params()
-        each = list(params) if isinstance(params, Sequence) else [params] * len(prompts)
-        for p in each:
-            if not isinstance(p, SamplingParams | BeamSearchParams):
-                raise ClientError(
-                    f"sampling_params must be SamplingParams, got {type(p).__name__}", "sampling_params", p
-                )
+        each: list[Any] = list(params) if isinstance(params, list | tuple) else [params] * len(prompts)
         _one_each(each, prompts, "sampling_params")
         _one_each(priority, prompts, "priority")
+        ranks = [0] * len(prompts) if priority is None else [checked_priority(p) for p in priority]
         drafts = self.llm_engine.inputs.drafts(
             prompts, each, lora_request=lora_request, add_special_tokens=add_special_tokens
         )
@@ -283,7 +293,7 @@ class LLM:
                 if isinstance(draft.params, SamplingParams):
                     draft.params.output_kind = RequestOutputKind.FINAL_ONLY
                 ids.append(str(next(self._numbers)))
-                self.llm_engine.add(draft, ids[-1], priority[i] if priority is not None else 0)
+                self.llm_engine.add(draft, ids[-1], ranks[i])
         except BaseException:
             self._abort(ids)
             raise
@@ -330,6 +340,17 @@ class LLM:
             logger.warning("aborting %d requests failed: %s: %s", len(ids), type(e).__name__, e)
         for i in ids:
             self._done.pop(i, None)
+
+
+_POOLING = "it generates text only, and has no pooling models"
+_NOT_HERE = {  # methods of vLLM's LLM
+    **dict.fromkeys(("encode", "embed", "classify", "score", "reward"), _POOLING),
+    **dict.fromkeys(("sleep", "wake_up"), "sleep mode is not there yet; `close` releases the memory"),
+    **dict.fromkeys(("start_profile", "stop_profile"), "the profiler is not there yet; run under an external one"),
+    **dict.fromkeys(("collective_rpc", "apply_model"), "workers take no calls of the user's"),
+    "set_tokenizer": "give tokenizer= when the LLM is made",
+    "reset_mm_cache": "models are text-only for now",
+}
 
 
 class _Progress:
@@ -394,26 +415,35 @@ class _Interrupts:
 
 def _listed(prompts: Any) -> list[Any]:
     """A list of prompts; one prompt alone (a list of ints is one) becomes a list of one."""
-    if isinstance(prompts, str | Mapping) or hasattr(prompts, "tolist"):
+    if isinstance(prompts, str | bytes | Mapping) or hasattr(prompts, "tolist") or not hasattr(prompts, "__iter__"):
         return [prompts]
     items = list(prompts)
     return [items] if items and hasattr(items[0], "__index__") else items
 
 
-def _one_each(values: Sequence[Any] | None, prompts: Sequence[Any], name: str) -> None:
+def _one_each(values: Any, prompts: Sequence[Any], name: str) -> None:
+    if values is not None and not isinstance(values, Sequence):
+        raise ClientError(f"{name} must be a list with one entry for each prompt, got {values!r}", name, values)
     if values is not None and len(values) != len(prompts):
         text = f"{name} has {len(values)} entries for {len(prompts)} prompts: give one for each"
         raise ClientError(text, name, len(values))
 
 
-def _add_special_tokens(kwargs: Mapping[str, Any] | None) -> bool:
+def _no_media(kwargs: Mapping[str, Any] | None) -> None:
+    if kwargs:
+        raise ClientError("mm_processor_kwargs is not supported yet: leave it out", "mm_processor_kwargs")
+
+
+def _add_special_tokens(kwargs: Mapping[str, Any] | None, default: bool = True) -> bool:
+    if kwargs is not None and not isinstance(kwargs, Mapping):
+        raise ClientError(f"tokenization_kwargs must be a dict, got {kwargs!r}", "tokenization_kwargs", kwargs)
     for name in kwargs or ():
         if name != "add_special_tokens":
             text = (
                 f"tokenization_kwargs: {name!r} is not supported; for lengths use SamplingParams.truncate_prompt_tokens"
             )
             raise ClientError(text, "tokenization_kwargs", name)
-    return bool((kwargs or {}).get("add_special_tokens", True))
+    return bool((kwargs or {}).get("add_special_tokens", default))
 
 
 def _beams(output: RequestOutput) -> BeamSearchOutput:

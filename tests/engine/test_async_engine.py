@@ -243,3 +243,16 @@ def test_beams_and_helpers(start: Callable[..., AsyncLLM]) -> None:
         assert threading.current_thread() is not llm._thread
 
     asyncio.run(main())
+
+
+def test_bad_types_harm_nobody(start: Callable[..., AsyncLLM]) -> None:
+    """They raise where they were given; the engine's thread never sees them."""
+    llm = start()
+
+    async def main() -> None:
+        for kw in ({"params": "x"}, {"params": {"temperature": 0}}, {"priority": "high"}):
+            with pytest.raises(ClientError, match="must be"):
+                await collect(llm, [5], **kw)  # type: ignore[arg-type]
+        assert (await collect(llm, [5]))[-1].finished
+
+    asyncio.run(main())

@@ -82,7 +82,30 @@ def test_logprobs_samples_and_beams(llm: LLM) -> None:
     assert [s.cum_logprob for s in beams.sequences] == sorted((s.cum_logprob for s in beams.sequences), reverse=True)
 
 
-def test_ctrl_c(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_logprobs_of_named_tokens(llm: LLM) -> None:
+    """They are the values that all logprobs of the position have; only the drawn token has a rank."""
+    llm.llm_engine.inputs._max_logprobs = -1
+    (every,) = llm.generate([[50, 60, 70]], SamplingParams(temperature=0, max_tokens=4, logprobs=-1), use_tqdm=False)
+    named = SamplingParams(temperature=0, max_tokens=4, logprob_token_ids=[7, 9, 400])
+    (some,) = llm.generate([[50, 60, 70]], named, use_tqdm=False)
+    a, b = every.outputs[0], some.outputs[0]
+    assert a.token_ids == b.token_ids and a.cumulative_logprob == pytest.approx(b.cumulative_logprob)
+    assert a.logprobs is not None and b.logprobs is not None
+    for token, full, line in zip(b.token_ids, a.logprobs, b.logprobs, strict=True):
+        assert set(line) == {token, 7, 9, 400} and line[token].rank == 1
+        for t, found in line.items():
+            assert found.logprob == pytest.approx(full[t].logprob) and (t == token or found.rank is None)
+
+
+def test_a_closed_engine_says_so(tmp_path: Path) -> None:
+    llm = LLM.from_engine(engine(tmp_path))
+    llm.close()
+    llm.close()
+    with pytest.raises(EngineError, match="shut down"):
+        llm.generate(PROMPTS, GREEDY, use_tqdm=False)
+
+
+def test_ctrl_c(llm: LLM, monkeypatch: pytest.MonkeyPatch, default_ctrl_c: None) -> None:
     before = llm.generate(PROMPTS, GREEDY, use_tqdm=False)
     step, steps = llm.llm_engine.client.step, []
 

@@ -10,7 +10,7 @@ import pytest
 from fake_client import VOCAB, make_config
 from tokenizer_zoo import trained
 
-from quire.engine.inputs import InputProcessor
+from quire.engine.inputs import InputProcessor, default_params
 from quire.engine.tokenizer import load_tokenizer
 from quire.types.errors import ClientError
 from quire.types.params import (
@@ -88,7 +88,7 @@ def test_bad_prompts(tmp_path: Path, prompt: Any, words: str) -> None:
         ({"structured_outputs": StructuredOutputsParams(regex="a")}, "structured_outputs"),
         ({"thinking_token_budget": 3}, "thinking_token_budget"),
         ({"repetition_detection": RepetitionDetectionParams(1, 1, 2)}, "repetition_detection"),
-        ({"logprob_token_ids": [1]}, "logprob_token_ids"),
+        ({"logprob_token_ids": [VOCAB]}, "logprob_token_ids"),
         ({"flat_logprobs": True}, "flat_logprobs"),
     ],
 )
@@ -96,6 +96,27 @@ def test_bad_parameters(tmp_path: Path, params: dict[str, Any], parameter: str) 
     with pytest.raises(ClientError, match=parameter) as e:
         ask(processor(tmp_path), "a b", SamplingParams(**params))
     assert e.value.parameter == parameter and "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("params", ["x", {"temperature": 0}, None])
+def test_parameters_of_another_type(tmp_path: Path, params: Any) -> None:
+    with pytest.raises(ClientError, match="must be SamplingParams, got"):
+        processor(tmp_path).drafts(["a"], [params])
+
+
+def test_processors_of_a_request_stay_in_this_process(tmp_path: Path) -> None:
+    params = SamplingParams(logits_processors=[lambda ids, logits: logits])
+    assert ask(processor(tmp_path), "a", params).params.logits_processors  # type: ignore[union-attr]
+    with pytest.raises(ClientError, match=r"processes of their own.*'uni'") as e:
+        ask(processor(tmp_path, distributed_executor_backend="mp"), "a", params)
+    assert e.value.parameter == "logits_processors"
+
+
+def test_bad_sampling_defaults_name_their_file(tmp_path: Path) -> None:
+    config = make_config(tmp_path, override_generation_config={"temperature": 9})
+    with pytest.raises(ClientError, match=r"temperature.*generation_config") as e:
+        default_params(config)
+    assert e.value.parameter == "temperature"
 
 
 def test_lora_is_not_yet(tmp_path: Path) -> None:

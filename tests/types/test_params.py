@@ -59,6 +59,17 @@ from quire.types.request import Request
         ({"output_kind": 1}, "output_kind"),
         ({"stream_interval": 0}, "stream_interval"),
         ({"logits_processors": [3]}, "logits_processors"),
+        ({"logits_processors": 3}, "logits_processors"),
+        ({"logits_processors": print}, "logits_processors"),
+        ({"stop": 3}, "stop"),
+        ({"bad_words": 3}, "bad_words"),
+        ({"logit_bias": [1, 2]}, "logit_bias"),
+        ({"extra_args": [1]}, "extra_args"),
+        ({"logprob_token_ids": []}, "logprob_token_ids"),
+        ({"logprob_token_ids": list(range(129))}, "logprob_token_ids"),
+        ({"logprob_token_ids": [1, 2], "logprobs": 1}, "logprobs"),
+        ({"temprature": 1}, "temprature"),
+        ({"best_of": 2}, "best_of"),
     ],
 )
 def test_refused(bad: dict[str, Any], parameter: str) -> None:
@@ -67,6 +78,28 @@ def test_refused(bad: dict[str, Any], parameter: str) -> None:
     assert e.value.parameter == parameter
     assert parameter in str(e.value) and "\n" not in str(e.value)
     assert isinstance(e.value, ValueError) and isinstance(e.value, QuireError)
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: SamplingParams(temprature=1), "did you mean temperature?"),  # type: ignore[call-arg]
+        (lambda: SamplingParams(use_beam_search=True), "LLM.beam_search"),  # type: ignore[call-arg]
+        (lambda: SamplingParams(nothing_like_it=True), "leave it out"),  # type: ignore[call-arg]
+        (lambda: BeamSearchParams(beam_width=2), "BeamSearchParams needs max_tokens"),  # type: ignore[call-arg]
+        (lambda: BeamSearchParams(2, max_token=3), "did you mean max_tokens?"),  # type: ignore[call-arg]
+    ],
+)
+def test_fields_that_do_not_exist_or_are_missing(make: Any, words: str) -> None:
+    with pytest.raises(ClientError) as e:
+        make()
+    assert words in str(e.value) and "\n" not in str(e.value)
+
+
+def test_logprobs_of_named_tokens() -> None:
+    assert SamplingParams(logprob_token_ids=[5, 3, 5]).num_logprobs == 2
+    p = SamplingParams(logprob_token_ids=(5, 3), logprobs=2)  # type: ignore[arg-type]
+    assert p.logprob_token_ids == [5, 3] and p.num_logprobs == 2
 
 
 def test_defaults_and_normal_forms() -> None:

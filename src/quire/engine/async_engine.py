@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 from quire.config.args import EngineArgs
 from quire.config.resolve import resolve
-from quire.engine.inputs import Draft, Params
+from quire.engine.inputs import Draft, Params, checked_priority, default_params
 from quire.engine.llm_engine import LLMEngine
 from quire.types.errors import ClientError, EngineError, QuireError
 from quire.types.outputs import RequestOutput
@@ -81,7 +81,8 @@ class AsyncLLM:
         Leaving the loop (or cancelling the task) aborts the request. Raises ClientError for a bad request, EngineError
         where the engine failed or the request's own work did.
         """
-        params = sampling_params or self.get_default_sampling_params()
+        params = sampling_params if sampling_params is not None else self.get_default_sampling_params()
+        priority = checked_priority(priority)
         (draft,) = self._engine.inputs.drafts(
             [prompt], [params], lora_request=lora_request, add_special_tokens=add_special_tokens
         )
@@ -125,7 +126,7 @@ class AsyncLLM:
                 raise _copy(self._error)
 
     def get_default_sampling_params(self) -> SamplingParams:
-        return SamplingParams.from_optional(**self._engine.config.model.generation_config)
+        return default_params(self._engine.config)
 
     @property
     def engine(self) -> LLMEngine:

@@ -19,6 +19,7 @@ from quire.types.errors import ClientError
 
 Message = Mapping[str, Any]
 _MARK = "\ue000quire-continue\ue000 "  # the space tells whether the template strips contents
+_FORMATS = ("auto", "string", "openai")
 _TEXT_PARTS = dict(text="text", input_text="text", output_text="text", refusal="refusal", thinking="thinking")
 
 
@@ -42,6 +43,9 @@ def render_chat(
     if continue_final_message and add_generation_prompt:
         text = "continue_final_message=True needs add_generation_prompt=False: it continues a message, that begins one"
         raise ClientError(text, "continue_final_message", True)
+    if content_format not in _FORMATS:
+        text = f"chat_template_content_format must be one of {', '.join(_FORMATS)}, got {content_format!r}"
+        raise ClientError(text, "chat_template_content_format", content_format)
     source = _choose(tokenizer, chat_template, tools is not None)
     parts = content_format == "openai" or (content_format == "auto" and _iterates_content(source))
     conversation = [_message(m, parts) for m in messages]
@@ -51,8 +55,9 @@ def render_chat(
         _mark_end(conversation[-1])
     import jinja2
 
+    template = _compile(source)
     try:
-        text = _compile(source).render(
+        text = template.render(
             **tokenizer.special_tokens
             | {"messages": conversation, "tools": None if tools is None else [_schema(t) for t in tools]}
             | {"documents": None, "add_generation_prompt": add_generation_prompt}

@@ -25,7 +25,6 @@ _NOT_YET = {  # fields that are accepted and checked, but do nothing so far
     "watermarking": None,
     "prompt_logprob_token_ids": None,
     "prompt_logprob_start": None,
-    "logprob_token_ids": None,
     "flat_logprobs": False,
     "thinking_token_budget": None,
     "repetition_detection": None,
@@ -53,6 +52,8 @@ class InputProcessor:
         self._max_len = config.model.max_model_len
         self._vocab = config.model.arch.vocab_size
         self._max_logprobs = config.model.max_logprobs
+        parallel = config.parallel
+        self._processors_stay = parallel.distributed_executor_backend == "mp" or parallel.world_size > 1
         self._random = random.Random(config.model.seed)
         eos = list(config.model.arch.eos_token_ids)
         if tokenizer is not None and tokenizer.eos_token_id is not None:
@@ -77,6 +78,10 @@ class InputProcessor:
         """Check prompts with their parameters, all or nothing: the first bad one raises and leaves no trace."""
         if lora_request is not None:
             raise ClientError("lora_request is not supported yet; leave it out", "lora_request", lora_request)
+        for given in params:
+            if not isinstance(given, SamplingParams | BeamSearchParams):
+                text = f"sampling_params must be SamplingParams, got {type(given).__name__}"
+                raise ClientError(text, "sampling_params", given)
         parsed = [_parse(prompt) for prompt in prompts]
         texts = [text for text, tokens, _ in parsed if tokens is None and text is not None]
         encoded = iter(self._encode(texts, add_special_tokens))
@@ -176,6 +181,13 @@ class InputProcessor:
             if (self._vocab if value == -1 else value) > self._max_logprobs:
                 text = f"{name}={value} is more than the engine's max_logprobs={self._max_logprobs}; raise max_logprobs"
                 raise ClientError(text, name, value)
+        if params.logits_processors and self._processors_stay:
+            raise ClientError(
+                "logits_processors of a request cannot reach workers in processes of their own: name the class in the"
+                " engine's logits_processors, or use distributed_executor_backend='uni' with one device",
+                "logits_processors",
+            )
+        self._check_vocab("logprob_token_ids", params.logprob_token_ids or ())
         self._check_vocab("stop_token_ids", params.stop_token_ids or ())
         self._check_vocab("allowed_token_ids", params.allowed_token_ids or ())
         self._check_vocab("logit_bias", list(params.logit_bias or ()))
@@ -200,6 +212,22 @@ class InputProcessor:
             if spaced[-len(bare) :] != bare:
                 out.append(spaced)
         return out
+
+
+def default_params(config: Config) -> SamplingParams:
+    """The model's sampling defaults. Errors: ClientError that says where they come from."""
+    try:
+        return SamplingParams.from_optional(**config.model.generation_config)
+    except ClientError as e:
+        text = f"{e}, in the model's generation_config: mend it, or give generation_config='quire' for plain defaults"
+        raise ClientError(text, e.parameter, e.value) from e
+
+
+def checked_priority(value: Any) -> int:
+    """A request's priority. Errors: ClientError where it is no integer."""
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise ClientError(f"priority must be an integer, got {value!r}", "priority", value)
+    return int(value)
 
 
 def _parse(prompt: Any) -> tuple[str | None, list[int] | None, str]:

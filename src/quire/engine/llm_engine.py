@@ -54,6 +54,7 @@ class LLMEngine:
         self.client: Client = (client or _in_process)(config)
         shown = config.observability
         interval = None if shown.disable_log_stats else shown.log_interval
+        self._closed = False
         self.stat_logger = StatLogger(self.client.stats, interval, clock)
 
     def add_request(self, request_id: str, prompt: PromptType, params: Params, priority: int = 0) -> None:
@@ -63,6 +64,8 @@ class LLMEngine:
 
     def add(self, draft: Draft, request_id: str, priority: int = 0, name: str | None = None) -> None:
         """Give a checked prompt to the core; `name` is the id that its outputs carry, if not `request_id`."""
+        if self._closed:
+            raise EngineError("the engine was shut down: make a new one")
         params = draft.params
         streams = isinstance(params, SamplingParams) and params.output_kind is not RequestOutputKind.FINAL_ONLY
         request = self.inputs.request(draft, request_id, priority, stream=streams)
@@ -111,6 +114,10 @@ class LLMEngine:
         return self.tokenizer.transformers()
 
     def shutdown(self) -> None:
+        """Release the model; requests that have not ended are forgotten. May be repeated."""
+        if self._closed:
+            return
+        self._closed = True
         self.client.shutdown()
 
 

@@ -204,10 +204,11 @@ class _SequenceState:
         self.stream: TextStream | None = None
         self.lazy = False
         self.detokenizer = detokenizer
+        self.ranked = isinstance(params, BeamSearchParams) or not params.logprob_token_ids
         if isinstance(params, BeamSearchParams):
             self.lazy = detokenizer is not None
             return
-        if params.logprobs is not None:
+        if params.num_logprobs is not None:
             self.logprobs, self.cumulative = [], 0.0
         if detokenizer is None or not params.detokenize:
             return
@@ -230,7 +231,7 @@ class _SequenceState:
         self.tokens += tokens
         if self.logprobs is not None and delta.logprobs is not None:
             for line in delta.logprobs[: len(tokens)]:
-                self.logprobs += _logprob_dicts(line, names)
+                self.logprobs += _logprob_dicts(line, names, self.ranked)
                 self.cumulative = (self.cumulative or 0.0) + float(line.values[0, 0])
         if delta.cumulative_logprob is not None:
             self.cumulative = delta.cumulative_logprob
@@ -340,13 +341,14 @@ def find_stop(text: str, begin: int, stops: Sequence[str]) -> tuple[int, str] | 
     return None if best is None else (best[1], best[2])
 
 
-def _logprob_dicts(block: TokenLogprobs, names: Detokenizer | None) -> list[dict[int, Logprob]]:
-    """One dict for each position: the token itself first, then the likeliest in order."""
+def _logprob_dicts(block: TokenLogprobs, names: Detokenizer | None, ranked: bool = True) -> list[dict[int, Logprob]]:
+    """One dict for each position: the token itself first, then the likeliest in order; where not `ranked`, then tokens
+    that the user named, of which no rank is known."""
     out: list[dict[int, Logprob]] = []
     for ids, values, rank in zip(block.ids.tolist(), block.values.tolist(), block.ranks.tolist(), strict=True):
         line = {ids[0]: Logprob(values[0], rank, names.name(ids[0]) if names else None)}
         for k in range(1, len(ids)):
             if ids[k] not in line:
-                line[ids[k]] = Logprob(values[k], k, names.name(ids[k]) if names else None)
+                line[ids[k]] = Logprob(values[k], k if ranked else None, names.name(ids[k]) if names else None)
         out.append(line)
     return out

@@ -7,11 +7,13 @@ or engine limits: the input processor checks those. The structs are mutable, as 
 from __future__ import annotations
 
 import copy
+import difflib
 import logging
 import math
 import operator
+from collections.abc import Mapping, Sequence
 from enum import Enum
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 
@@ -22,6 +24,7 @@ logger = logging.getLogger(__name__)
 GREEDY_BELOW = 1e-5
 MIN_TEMPERATURE = 1e-2
 MAX_N = 16384
+MAX_LOGPROB_TOKEN_IDS = 128
 
 
 class RequestOutputKind(Enum):
@@ -94,6 +97,8 @@ def _strings(name: str, value: Any) -> list[str]:
     """None, one string or several, as a list of strings that are not empty."""
     if value is None:
         return []
+    if not hasattr(value, "__iter__"):
+        raise ClientError(f"{name} must be a string or a list of strings, got {value!r}", name, value)
     items: list[Any] = [value] if isinstance(value, str) else list(value)
     for item in items:
         if not isinstance(item, str) or not item:
@@ -113,13 +118,42 @@ def _flag(name: str, value: Any) -> None:
         raise ClientError(f"{name} must be True or False, got {value!r}", name, value)
 
 
+_GONE = {  # of older vLLM
+    "best_of": "ask for n outputs and choose among them",
+    "use_beam_search": "call LLM.beam_search with BeamSearchParams",
+    "beam_width": "call LLM.beam_search with BeamSearchParams",
+    "length_penalty": "call LLM.beam_search with BeamSearchParams",
+    "early_stopping": "call LLM.beam_search with BeamSearchParams",
+    "guided_decoding": "structured outputs are not yet in quire; leave it out",
+    "max_new_tokens": "use max_tokens",
+    "do_sample": "temperature=0 is greedy, anything above draws",
+    "num_return_sequences": "use n",
+}
+
+
+class _Named(msgspec.StructMeta):
+    """Structs that answer a field which does not exist, or is missing, with what to write instead."""
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        known = cls.__struct_fields__
+        for name, value in kwargs.items():
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+                hint = _GONE.get(name) or (f"did you mean {near[0]}?" if near else "leave it out")
+                raise ClientError(f"{cls.__name__} has no field {name!r}: {hint}", name, value)
+        required = known[: len(known) - len(cls.__struct_defaults__)]
+        if missing := [name for name in required[len(args) :] if name not in kwargs]:
+            raise ClientError(f"{cls.__name__} needs {' and '.join(missing)}", missing[0])
+        return super().__call__(*args, **kwargs)
+
+
 _FLAGS = (
     "ignore_eos", "detokenize", "skip_special_tokens", "spaces_between_special_tokens", "include_stop_str_in_output",
     "flat_logprobs",
 )  # fmt: skip
 
 
-class SamplingParams(msgspec.Struct, omit_defaults=True, tag=True):
+class SamplingParams(msgspec.Struct, metaclass=_Named, omit_defaults=True, tag=True):
     """Sampling of one request, with vLLM's fields and defaults.
 
     Args:
@@ -138,6 +172,7 @@ class SamplingParams(msgspec.Struct, omit_defaults=True, tag=True):
         max_tokens: most tokens to generate for a sequence; None: up to the model's length.
         min_tokens: tokens before which no stop condition applies.
         logprobs, prompt_logprobs: report this many likeliest tokens at each position besides the token itself; -1: all.
+        logprob_token_ids: report these tokens (at most 128) at each position instead of the likeliest.
         detokenize: produce text; else `text` is empty.
         skip_special_tokens, spaces_between_special_tokens: how special tokens appear in the text.
         truncate_prompt_tokens: keep only the last k prompt tokens (-1: as many as the model's length allows).
@@ -265,6 +300,14 @@ class SamplingParams(msgspec.Struct, omit_defaults=True, tag=True):
             if isinstance(value, bool):
                 value = 1 if value else None
             setattr(self, name, None if value is None else _int(name, value, -1, hint=" (-1: the whole vocabulary)"))
+        if self.logprob_token_ids is not None:
+            ids = self.logprob_token_ids = _ids("logprob_token_ids", self.logprob_token_ids)
+            if not 1 <= len(ids) <= MAX_LOGPROB_TOKEN_IDS:
+                text = f"logprob_token_ids must name 1 to {MAX_LOGPROB_TOKEN_IDS} tokens, got {len(ids)}"
+                raise ClientError(text, "logprob_token_ids", len(ids))
+            if self.logprobs not in (None, len(ids)):
+                text = f"logprobs={self.logprobs} contradicts the {len(ids)} logprob_token_ids: leave logprobs out"
+                raise ClientError(text, "logprobs", self.logprobs)
         if self.skip_reading_prefix_cache is None and self.prompt_logprobs is not None:
             self.skip_reading_prefix_cache = True  # a cached position has no hidden state left to take logprobs from
 
@@ -274,8 +317,18 @@ class SamplingParams(msgspec.Struct, omit_defaults=True, tag=True):
             if not self.allowed_token_ids:
                 raise ClientError("allowed_token_ids must not be empty (None: all tokens)", "allowed_token_ids", [])
         if self.logit_bias is not None:
-            self.logit_bias = {_bias_key(k): _bias_value(v) for k, v in dict(self.logit_bias).items()}
-        for f in self.logits_processors or ():
+            bias: Any = self.logit_bias
+            if not isinstance(bias, Mapping):
+                raise ClientError(f"logit_bias must map token ids to numbers, got {bias!r}", "logit_bias", bias)
+            self.logit_bias = {_bias_key(k): _bias_value(v) for k, v in cast(Mapping[Any, Any], bias).items()}
+        extra: Any = self.extra_args
+        if extra is not None and not isinstance(extra, Mapping):
+            raise ClientError(f"extra_args must be a dict, got {extra!r}", "extra_args", extra)
+        functions: Any = self.logits_processors or ()
+        if not isinstance(functions, list | tuple):
+            text = f"logits_processors must be a list of callables, got {functions!r}"
+            raise ClientError(text, "logits_processors", functions)
+        for f in cast(Sequence[Any], functions):
             if not callable(f):
                 raise ClientError(f"logits_processors must be callables, got {f!r}", "logits_processors", f)
 
@@ -306,8 +359,9 @@ class SamplingParams(msgspec.Struct, omit_defaults=True, tag=True):
 
     @property
     def num_logprobs(self) -> int | None:
-        """None, or how many likeliest tokens to report at each position (-1: all)."""
-        return self.logprobs
+        """None, or how many tokens to report at each position besides its own: the likeliest (-1: all), or those of
+        `logprob_token_ids`."""
+        return len(self.logprob_token_ids) if self.logprob_token_ids else self.logprobs
 
     @property
     def stop_strings(self) -> list[str]:
@@ -321,7 +375,7 @@ class SamplingParams(msgspec.Struct, omit_defaults=True, tag=True):
 
 _CONTAINERS = (
     "stop", "stop_token_ids", "logit_bias", "allowed_token_ids", "bad_words", "bad_words_token_ids",
-    "logits_processors", "extra_args",
+    "logits_processors", "extra_args", "logprob_token_ids",
 )  # fmt: skip
 
 
@@ -339,7 +393,7 @@ def _bias_value(value: Any) -> float:
     raise ClientError(f"logit_bias values must be numbers, got {value!r}", "logit_bias", value)
 
 
-class BeamSearchParams(msgspec.Struct, omit_defaults=True, tag=True):
+class BeamSearchParams(msgspec.Struct, metaclass=_Named, omit_defaults=True, tag=True):
     """Beam search of one request: the `beam_width` best lines of at most `max_tokens` tokens, ordered by
     sum of logprobs / length ** length_penalty."""
 
