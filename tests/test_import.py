@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
@@ -37,3 +38,18 @@ def test_names(name: str) -> None:
 def test_unknown_name() -> None:
     with pytest.raises(AttributeError, match="nothing"):
         _ = quire.nothing  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("module", "names"),
+    [
+        ("sampling_params", ["SamplingParams", "BeamSearchParams", "RequestOutputKind"]),
+        ("outputs", ["RequestOutput", "CompletionOutput"]),
+        ("inputs", ["TextPrompt", "TokensPrompt"]),
+    ],
+)
+def test_modules_that_code_for_vllm_imports(module: str, names: list[str]) -> None:
+    found = importlib.import_module(f"quire.{module}")
+    for name in names:
+        assert getattr(found, name) is getattr(quire, name, getattr(found, name))
+    assert quire.AsyncEngineArgs is quire.EngineArgs

@@ -13,19 +13,28 @@ from quire.utils.version import VERSION as __version__
 if TYPE_CHECKING:
     from quire.config.args import EngineArgs
     from quire.engine.async_engine import AsyncLLM
+    from quire.engine.llm_engine import LLMEngine
     from quire.llm import LLM
     from quire.models.registry import ModelRegistry
+    from quire.types.errors import ClientError, EngineError
     from quire.types.outputs import CompletionOutput, RequestOutput
     from quire.types.params import BeamSearchParams, SamplingParams
-    from quire.types.prompts import TextPrompt, TokensPrompt
+    from quire.types.prompts import PromptType, TextPrompt, TokensPrompt
+
+    AsyncEngineArgs = EngineArgs
 
 _HOMES = {
+    "AsyncEngineArgs": "quire.config.args",
     "AsyncLLM": "quire.engine.async_engine",
     "BeamSearchParams": "quire.types.params",
+    "ClientError": "quire.types.errors",
     "CompletionOutput": "quire.types.outputs",
     "EngineArgs": "quire.config.args",
+    "EngineError": "quire.types.errors",
     "LLM": "quire.llm",
+    "LLMEngine": "quire.engine.llm_engine",
     "ModelRegistry": "quire.models.registry",
+    "PromptType": "quire.types.prompts",
     "RequestOutput": "quire.types.outputs",
     "SamplingParams": "quire.types.params",
     "TextPrompt": "quire.types.prompts",
@@ -34,11 +43,16 @@ _HOMES = {
 
 __all__ = [
     "LLM",
+    "AsyncEngineArgs",
     "AsyncLLM",
     "BeamSearchParams",
+    "ClientError",
     "CompletionOutput",
     "EngineArgs",
+    "EngineError",
+    "LLMEngine",
     "ModelRegistry",
+    "PromptType",
     "RequestOutput",
     "SamplingParams",
     "TextPrompt",

@@ -77,7 +77,7 @@ def test_max_model_len(make_checkpoint: Make) -> None:
     assert length(100) == 100
     error = refusal(model=folder, max_model_len=257)
     assert "at most 256" in str(error) and "rope_scaling" in str(error) and error.parameter == "max_model_len"
-    assert "at least 1" in str(refusal(model=folder, max_model_len=0))
+    assert "at least 2" in str(refusal(model=folder, max_model_len=0))
     assert length(1024, hf_overrides={"rope_scaling": {"rope_type": "linear", "factor": 4.0}}) == 1024
 
 
@@ -263,3 +263,19 @@ def test_nothing_is_left_to_decide(make_checkpoint: Make) -> None:
     assert isinstance(config, Config)
     for path, value in values(config, "config"):
         assert value != "auto" or path == "config.model.tokenizer_mode" or path == "config.load.load_format", path
+
+
+def test_a_quantized_checkpoint_is_refused(make_checkpoint: Make) -> None:
+    folder = make_checkpoint(quantization_config={"quant_method": "awq", "bits": 4})
+    e = refusal(model=str(folder), load_format="dummy")
+    assert "awq" in str(e) and e.parameter == "model"
+
+
+def test_a_length_without_room_for_an_answer(make_checkpoint: Make) -> None:
+    e = refusal(model=str(make_checkpoint()), load_format="dummy", max_model_len=1)
+    assert "at least 2" in str(e) and e.parameter == "max_model_len"
+
+
+def test_a_folder_may_be_a_path(make_checkpoint: Make) -> None:
+    folder = make_checkpoint()
+    assert EngineArgs(model=folder).model == str(folder)  # type: ignore[arg-type]

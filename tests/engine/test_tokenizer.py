@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from fake_client import make_config
 from tokenizer_zoo import CHAT, KINDS, TEXT, trained, write_folder
 
 from quire.engine.chat import render_chat
-from quire.engine.tokenizer import FastTokenizer, TransformersTokenizer, load_folder
+from quire.engine.tokenizer import FastTokenizer, TransformersTokenizer, load_folder, load_tokenizer
 from quire.types.errors import ClientError
 
 TURNS = [
@@ -200,3 +202,11 @@ def test_bad_chats(messages: list[Any], options: dict[str, Any], words: str) -> 
 def test_no_template(tmp_path: Path) -> None:
     with pytest.raises(ClientError, match="no chat template"):
         render_chat(load_folder(write_folder(tmp_path, chat_template=None)), TURNS)
+
+
+def test_a_missing_tokenizer_folder_is_named_as_one(tmp_path: Path) -> None:
+    config = make_config(tmp_path)
+    config = replace(config, model=replace(config.model, tokenizer="/nowhere/tokenizer"))
+    with pytest.raises(ClientError, match=r"^tokenizer='/nowhere/tokenizer'") as e:
+        load_tokenizer(config)
+    assert e.value.parameter == "tokenizer"

@@ -14,6 +14,7 @@ import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from functools import cache
+from pathlib import Path
 from typing import Any, cast, get_type_hints
 
 import msgspec
@@ -163,6 +164,9 @@ class EngineArgs(_Checked):
     # fmt: on
 
 
+AsyncEngineArgs = EngineArgs  # vLLM's name for those of AsyncLLM
+
+
 @dataclass(frozen=True, kw_only=True)
 class ServerArgs(_Checked):
     """The arguments of the HTTP front beside the engine's: parsed by the same machinery, read by the server."""
@@ -211,6 +215,8 @@ def _normal(name: str, value: Any, hint: Any, spec: Spec) -> Any:
     """`value` in its one spelling. Errors: `ClientError` for a type, choice or bound."""
     if name == "dtype" and not isinstance(value, str):
         value = str(value).removeprefix("torch.")  # a torch.dtype, named without importing torch
+    if isinstance(value, Path) and "str" in str(hint):
+        value = str(value)
     if spec.human and isinstance(value, str) and value != "auto":
         try:
             value = human_int(value)

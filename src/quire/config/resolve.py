@@ -57,6 +57,13 @@ def resolve(args: EngineArgs, *, machine: Machine | None = None, usage: str = "l
             value=args.model,
         )
     raw = _overridden(hub.read_config(source), args.hf_overrides)
+    if raw.get("quantization_config"):
+        raise ClientError(
+            f"the checkpoint {args.model!r} is quantized ({_quantization(raw)}), which is not yet in quire: "
+            "give one in float32, bfloat16 or float16",
+            parameter="model",
+            value=args.model,
+        )
     path = source.parent if source.is_file() else source
     generation = hub.read_generation_config(path)
     arch = arch_from_hf(raw)
@@ -78,6 +85,11 @@ def resolve(args: EngineArgs, *, machine: Machine | None = None, usage: str = "l
             log_interval=args.log_interval,
         ),
     )
+
+
+def _quantization(raw: Mapping[str, Any]) -> str:
+    given: Any = raw["quantization_config"]
+    return str(cast(Mapping[str, Any], given).get("quant_method")) if isinstance(given, Mapping) else str(given)
 
 
 def _device(args: EngineArgs, machine: Machine) -> str:
@@ -125,8 +137,9 @@ def _lengths(args: EngineArgs, arch: ModelArch) -> tuple[int, ModelArch]:
         log.debug("max_model_len=%d: what the checkpoint allows", length)
     else:
         assert isinstance(wanted, int), wanted  # EngineArgs turned "8k" into a number
-        if wanted < 1:
-            raise ClientError(f"max_model_len={wanted} must be at least 1, or -1 for auto", "max_model_len", wanted)
+        if wanted < 2:
+            text = f"max_model_len={wanted} must be at least 2 (a token in, a token out), or -1 for auto"
+            raise ClientError(text, "max_model_len", wanted)
         if wanted > longest:
             fix = "scale its rotary embedding with hf_overrides={'rope_scaling': {...}}, or " if arch.rope else ""
             raise ClientError(

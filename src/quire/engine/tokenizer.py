@@ -140,13 +140,16 @@ def load_tokenizer(config: Config) -> Tokenizer | None:
     if not folder.is_dir():
         folder = model.path
         if model.tokenizer not in (model.model, ""):
-            folder = find_checkpoint(
-                model.tokenizer,
-                model.tokenizer_revision,
-                config.load.download_dir,
-                token=model.hf_token,
-                weights=False,
-            )
+            try:
+                folder = find_checkpoint(
+                    model.tokenizer,
+                    model.tokenizer_revision,
+                    config.load.download_dir,
+                    token=model.hf_token,
+                    weights=False,
+                )
+            except ClientError as e:
+                raise ClientError(f"tokenizer={model.tokenizer!r}: {e}", "tokenizer", model.tokenizer) from e
     return load_folder(folder, model.tokenizer_mode, model.trust_remote_code)
 
 
