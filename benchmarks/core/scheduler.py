@@ -27,17 +27,22 @@ def main() -> None:
     parser.add_argument("--sequences", type=int, default=256)
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--depth", type=int, default=1)
+    parser.add_argument("--eos", type=int, default=1, help="how many end tokens the model has")
     parser.add_argument("--stream", action="store_true", help="a delta for each token, as a server needs")
     args = parser.parse_args()
     blocks = args.sequences * ((180 + args.steps) // 16 + 1)
     scheduler = Scheduler(
         (KVGroup("full", (0,)),), blocks, 16, args.sequences, 1 << 16, 180 + args.steps,
-        depth=args.depth, lead=int(args.depth > 1),
+        lead=int(args.depth > 1),
     )  # fmt: skip
     for i in range(args.sequences):
         prompt = [(i * 31 + j) % 997 for j in range(100 + i % 16)]  # staggered, so that steps cross block borders alike
         params = SamplingParams(max_tokens=args.steps + 60, temperature=0.0)
-        scheduler.add(Request(str(i), prompt, params, seed=i, eos_token_ids=(1000,), stream=args.stream))
+        scheduler.add(
+            Request(
+                str(i), prompt, params, seed=i, eos_token_ids=tuple(range(1000, 1000 + args.eos)), stream=args.stream
+            )
+        )
     flights: deque[Plan] = deque()
     times: list[float] = []
     for _ in range(args.steps):

@@ -87,7 +87,7 @@ class Run:
         self.scheduler = Scheduler(
             engine.groups, blocks, engine.block_size, engine.max_num_seqs, engine.budget, MAX_LENGTH,
             num_host_blocks=engine.host_blocks, prefix_caching=engine.prefix_caching, chunked_prefill=engine.chunked,
-            policy=engine.policy, depth=engine.depth, lead=engine.lead,
+            policy=engine.policy, stages=1 if engine.lead else engine.depth, lead=engine.lead,
         )  # fmt: skip
         self.device = SimDevice(engine.groups, engine.block_size)
         self.jobs = jobs

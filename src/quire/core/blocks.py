@@ -38,6 +38,11 @@ class BlockPool:
         return self._cached
 
     @property
+    def num_published(self) -> int:
+        """Contents that can be found."""
+        return len(self._index)
+
+    @property
     def held(self) -> int:
         return self.num_blocks - len(self._unheld)
 

@@ -37,6 +37,7 @@ def commit(state: State, flight: InFlight, result: StepResult) -> list[Delta]:
         if seq is not None and rows.epoch[item.row] == flight.row_epochs[at]:
             _take_prompt_logprobs(seq.job, item)
     drawn, tokens = plan.sample_rows, result.tokens[:, 0]
+    assert (result.accepted == 1).all(), "speculation is not there yet"
     valid = rows.epoch[drawn] == flight.sample_epochs
     special = valid & ~rows.plain[drawn]
     for i, _ in result.failed:
@@ -63,8 +64,7 @@ def _take_plain(state: State, drawn: Ints, tokens: Ints) -> list[Delta]:
     if kv.prefix_caching:
         for i in np.flatnonzero((known % kv.block_size == 0) & (rows.computed[drawn] >= known)).tolist():
             kv.publish(sequences[i], int(known[i]))
-    eos = rows.eos[drawn]
-    ended = (tokens == eos) | (known >= rows.limit[drawn]) | (eos == -2)
+    ended = (tokens[:, None] == rows.ends[drawn]).any(1) | (known >= rows.limit[drawn]) | rows.look_up[drawn]
     ends: dict[int, Delta] = {}
     for i in np.flatnonzero(ended).tolist():
         if (end := _end_of(state, sequences[i])) is not None:
@@ -101,6 +101,7 @@ def _take_special(state: State, plan: Plan, result: StepResult, indices: list[in
         job = seq.job
         if i in failed:
             for other in list(job.live.values()) if job.decoding.chooses else [seq]:
+                state.kv.truncate(other, job.cached_tokens or 0)  # what its work left behind may be the trouble
                 deltas.append(state.delta(other, FinishReason.ERROR, error=failed[i]))
                 state.finish(other)
             jobs.pop(id(job), None)
@@ -145,6 +146,7 @@ def _end_of(state: State, seq: Sequence) -> Delta | None:
 
 def _take_prompt_logprobs(job: Job, item: PromptLogprobs) -> None:
     """Each prompt position counts once, however often preemption has it computed."""
+    assert item.start <= job.prompt_logprobs_end, "some of the prompt's logprobs were lost"
     skip = max(0, job.prompt_logprobs_end - item.start)
     lines = item.logprobs
     if skip < len(lines.ranks):

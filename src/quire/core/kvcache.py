@@ -17,7 +17,7 @@ from quire.core.blocks import BlockPool, Key
 from quire.core.hashing import extend_hashes
 from quire.core.moves import Moves
 from quire.core.sequence import Sequence
-from quire.types.kv import KVGroup
+from quire.types.kv import KVGroup, pages_needed
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,15 +60,7 @@ class KVCacheManager:
 
     def worst_case(self, length: int, chunk: int) -> int:
         """Pages that one sequence of `length` tokens holds at the most when it is computed in chunks of `chunk`."""
-        size, total = self.block_size, 0
-        for group in self.groups:
-            if group.kind == "state":
-                total += min(2, ceil_div(length, size))
-            elif group.window is not None:
-                total += min(ceil_div(length, size), ceil_div(group.window + chunk, size) + 1)
-            else:
-                total += ceil_div(length, size)
-        return total
+        return pages_needed(self.groups, length, chunk, self.block_size)
 
     def _need(self, seq: Sequence, start: int, upto: int) -> int:
         size, need = self.block_size, 0
@@ -96,8 +88,11 @@ class KVCacheManager:
         last = (upto - 1) // size
         for g, (group, table) in enumerate(zip(self.groups, seq.tables, strict=True)):
             first = last if group.kind == "state" else start // size
-            if first < len(table) and table[first] >= 0 and self.pool.count(table[first]) > 1:
-                self._unshare(seq, g, first, moves)
+            if first < len(table) and table[first] >= 0:
+                if self.pool.count(table[first]) > 1:
+                    self._unshare(seq, g, first, moves)
+                else:  # a sibling that shared it may have been swapped out
+                    moves.fence = max(moves.fence, self._swapped.pop(table[first], -1))
             while len(table) <= last:
                 skip = group.kind == "state" and len(table) < last
                 page = -1 if skip else self._take(moves)
@@ -208,17 +203,20 @@ class KVCacheManager:
         seq.published = upto // self.block_size
 
     def truncate(self, seq: Sequence, length: int) -> None:
-        """Tokens from index `length` on never were: their pages are no longer found."""
-        for j in range(length // self.block_size, seq.published):
-            for g, table in enumerate(seq.tables):
-                if j < len(table) and table[j] >= 0 and self.pool.key(table[j]) == (g, seq.hashes[j]):
-                    self.pool.unpublish(table[j])
-                if (host_page := self.host.find((g, seq.hashes[j]))) is not None:
-                    self.host.unpublish(host_page)
-        gone = set(seq.hashes[length // self.block_size :])
-        self._late = [(page, key) for page, key in self._late if key[1] not in gone]
+        """Tokens from index `length` on never were, or cannot be trusted: their pages are no longer found."""
+        self.forget(seq.hashes[length // self.block_size :])
         del seq.hashes[length // self.block_size :]
         seq.published = min(seq.published, length // self.block_size)
+
+    def forget(self, hashes: list[bytes]) -> None:
+        """Pages with these contents are no longer found, here and on the host."""
+        for digest in hashes:
+            for g in range(len(self.groups)):
+                for pool in (self.pool, self.host):
+                    if (page := pool.find((g, digest))) is not None:
+                        pool.unpublish(page)
+        gone = set(hashes)
+        self._late = [(page, key) for page, key in self._late if key[1] not in gone]
 
     def lookup(self, seq: Sequence) -> Hit:
         """The longest cached prefix, valid in every group, of at most all known tokens but one."""
@@ -365,15 +363,26 @@ class KVCacheManager:
         entries, seq.host = seq.host, None
         for table in seq.tables:
             table.extend([-1] * blocks)
+        here = {(g, j): page for g, j, _ in entries if (page := self._still_here(seq, g, j)) is not None}
+        for page in here.values():  # held before any page is taken: taking evicts
+            self.pool.hold(page)
         for g, j, host_page in entries:
             full = (j + 1) * size <= seq.swapped and j < len(seq.hashes) and self.groups[g].kind != "state"
-            seq.tables[g][j] = self._swap_in(host_page, seq.hashes[j] if full else None, g, moves)
-            moves.enter(g, seq.row, j, seq.tables[g][j])
+            page = here.get((g, j))
+            if page is None:
+                page = self._swap_in(host_page, seq.hashes[j] if full else None, g, moves)
+            seq.tables[g][j] = page
+            moves.enter(g, seq.row, j, page)
             self._host_releases.append(host_page)
         seq.published = min(seq.swapped // size, len(seq.hashes))
         capacity = self.grow(seq, seq.swapped, seq.swapped + chunk, moves)
         assert capacity
         return capacity
+
+    def _still_here(self, seq: Sequence, g: int, j: int) -> int | None:
+        """A device page that holds block j of a swapped sequence, whole and never to be written again."""
+        full = (j + 1) * self.block_size <= seq.swapped and j < len(seq.hashes)
+        return self.pool.find((g, seq.hashes[j])) if full and self.groups[g].kind != "state" else None
 
     # -- around a plan ---------------------------------------------------------------------------------------------
 

@@ -37,12 +37,13 @@ class Draft:
 
 
 class Planner:
-    def __init__(self, state: State, max_tokens: int, depth: int, lead: int, chunked: bool) -> None:
+    def __init__(self, state: State, max_tokens: int, stages: int, chunked: bool) -> None:
         self._state = state
         self._max_tokens = max_tokens
-        self._stages = depth if lead == 0 else 1
+        self._stages = stages
         self._chunked = chunked
         self._number = 0
+        self._blocked: tuple[tuple[int, int, int], int, int] | None = None
         self._ones = np.ones(state.rows.num_rows, np.int32)
         self._zeros = np.zeros(state.rows.num_rows + 1, np.int32)
 
@@ -66,7 +67,7 @@ class Planner:
     def _draft(self, moves: Moves) -> Draft:
         state = self._state
         order = state.order()
-        cap = -(-(len(order) + len(state.waiting)) // self._stages)
+        cap = -(-min(len(order) + len(state.waiting), state.rows.num_rows) // self._stages)
         preemptions = state.counters.preemptions
         draft, budget = self._continue(order, min(cap, self._max_tokens), moves)
         if state.counters.preemptions == preemptions:
@@ -148,6 +149,9 @@ class Planner:
     def _enter(self, seq: Sequence, budget: int, draft: Draft) -> int:
         """Let a waiting sequence in; returns the tokens it computes now, 0 if it must wait."""
         state, kv, rows = self._state, self._state.kv, self._state.rows
+        situation = (seq.key, kv.pool.available, kv.pool.num_published)
+        if situation == self._blocked:  # nothing has changed since it found no room
+            return 0
         swapped = seq.host is not None
         hit = None if swapped else kv.lookup(seq)
         start = seq.swapped if hit is None else hit.tokens
@@ -162,6 +166,7 @@ class Planner:
             if swapped and not state.running and not draft.chunks:
                 kv.release(seq)  # alone and still no room beside its host copy's rounding: compute it again
                 return self._enter(seq, budget, draft)
+            self._blocked = situation
             return 0
         state.waiting.pop()
         state.run(seq)
@@ -170,8 +175,9 @@ class Planner:
         draft.new_rows.append(state.new_row(seq))
         if hit is not None and seq.job.cached_tokens is None:
             seq.job.cached_tokens = hit.tokens
-            state.counters.prefix_queries += len(seq.tokens)
-            state.counters.prefix_hits += hit.tokens
+            if kv.prefix_caching and not seq.job.skip_cache:
+                state.counters.prefix_queries += len(seq.tokens)
+                state.counters.prefix_hits += hit.tokens
         self._add_chunk(draft, seq, start, count)
         self._fork(draft)
         return count
@@ -185,6 +191,7 @@ class Planner:
         index = len(draft.chunks)
         draft.chunks.append((row, start, count))
         draft.tokens += seq.tokens[start:end]
+        assert end <= len(seq.tokens), "a token behind an unknown one would need an offset of its own"
         rows.computed[row] = end
         rows.last_plan[row] = self._number
         state.kv.publish(seq, end)

@@ -27,7 +27,8 @@ class Rows:
         self.epoch = np.zeros(num_rows, I64)
         self.last_plan = np.zeros(num_rows, I64)
         self.on_device = np.zeros(num_rows, np.bool_)  # the token at length - 1 was sampled into the device row
-        self.eos = np.zeros(num_rows, I64)  # the end token, -1 if none, -2 if there are several to look up
+        self.ends = np.full((num_rows, 4), -1, np.int32)  # tokens that end it; those who have more ask to `look_up`
+        self.look_up = np.zeros(num_rows, np.bool_)
         self.plain = np.zeros(num_rows, np.bool_)  # its results need no attention beyond the token itself
         self.stream = np.zeros(num_rows, np.bool_)
         self.sequence: list[Sequence | None] = [None] * num_rows

@@ -24,9 +24,9 @@ from quire.types.stats import EngineStats
 
 class Scheduler:
     """Args: `num_blocks` pages on the device and `num_host_blocks` on the host, of `block_size` tokens each; at most
-    `max_num_seqs` rows; `max_num_batched_tokens` a step; sequences of at most `max_model_len` tokens; `depth` and
-    `lead` as in the module's text; `policy` "fcfs" or "priority"; `histories`: every row comes with its tokens, since
-    code of the engine reads them.
+    `max_num_seqs` rows; `max_num_batched_tokens` a step; sequences of at most `max_model_len` tokens; `stages` of a
+    pipeline, each of which wants a plan of its own; `lead` as in the module's text; `policy` "fcfs" or "priority";
+    `histories`: every row comes with its tokens, since code of the engine reads them.
 
     Raises `ValueError` if the pool cannot hold one sequence of `max_model_len` tokens.
     """
@@ -43,7 +43,7 @@ class Scheduler:
         prefix_caching: bool = True,
         chunked_prefill: bool = True,
         policy: str = "fcfs",
-        depth: int = 1,
+        stages: int = 1,
         lead: int = 0,
         histories: bool = False,
     ) -> None:
@@ -55,7 +55,7 @@ class Scheduler:
                 f"{max_model_len} needs {need}: lower max_model_len or give the cache more memory"
             )
         self._state = State(Rows(max_num_seqs), kv, max_model_len, histories)
-        self._planner = Planner(self._state, max_num_batched_tokens, depth, lead, chunked_prefill)
+        self._planner = Planner(self._state, max_num_batched_tokens, stages, chunked_prefill)
         self._lead = lead
         self._by_priority = policy == "priority"
         self._arrivals = 0
@@ -104,17 +104,22 @@ class Scheduler:
 
     def end(self, request_id: str, index: int, at: int) -> None:
         """The output side found that a sequence ended with its output token number `at` (a stop string): later tokens
-        never were. Unknown sequences (ended meanwhile) are ignored."""
-        job = self._state.jobs.get(request_id)
+        never were. Unknown sequences are ignored."""
+        state = self._state
+        job = state.jobs.get(request_id)
         seq = job.live.get(index) if job is not None else None
-        if job is None or seq is None:
+        if seq is None:  # it came to its end meanwhile
+            if (ended := state.ended.pop((request_id, index), None)) is not None and ended.outputs > at:
+                state.counters.generation_tokens -= ended.outputs - at
+                state.kv.forget(ended.hashes[(ended.prompt + at) // state.kv.block_size :])
             return
         over = seq.num_outputs - at
         if over > 0:
-            self._state.counters.generation_tokens -= over
+            state.counters.generation_tokens -= over
             del seq.tokens[len(seq.tokens) - over :]
-            self._state.kv.truncate(seq, len(seq.tokens))
-        self._state.finish(seq)
+            state.kv.truncate(seq, len(seq.tokens))
+        state.finish(seq)
+        state.ended.pop((request_id, index), None)
 
     # -- steps -------------------------------------------------------------------------------------------------------
 
@@ -128,9 +133,11 @@ class Scheduler:
 
     def commit(self, plan: Plan, result: StepResult) -> list[Delta]:
         """Take in the result of the oldest plan in flight."""
-        flight = self._flights.popleft()
-        assert flight.plan is plan
-        return commit(self._state, flight, result)
+        flight = self._flights[0]
+        assert flight.plan is plan, "results come in the order of the plans"
+        deltas = commit(self._state, flight, result)
+        self._flights.popleft()  # only now: if this fails, `discard` must know whose work it was
+        return deltas
 
     def discard(self) -> list[str]:
         """A step failed: drop all plans in flight and have every sequence start over from its known tokens; no block is

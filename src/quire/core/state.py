@@ -7,7 +7,9 @@ the books straight: a sequence is in the waiting queue, or holds a row, or is pa
 from __future__ import annotations
 
 import heapq
+from collections import OrderedDict
 from operator import attrgetter
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +18,7 @@ from quire.core.kvcache import KVCacheManager
 from quire.core.moves import Moves
 from quire.core.rows import Rows
 from quire.core.sequence import Job, Sequence, Status
+from quire.types.params import SamplingParams
 from quire.types.plan import NewRow, ints
 from quire.types.request import Delta, FinishReason
 
@@ -63,6 +66,18 @@ class Counters:
         self.generation_tokens = 0
 
 
+class Ended(NamedTuple):
+    """What is left of a sequence whose stop string the output side may still find before its end."""
+
+    prompt: int
+    outputs: int
+    hashes: list[bytes]
+
+
+# Ended sequences with stop strings that are remembered: more than can be on their way to the output side.
+REMEMBERED = 4096
+
+
 class State:
     def __init__(self, rows: Rows, kv: KVCacheManager, max_length: int, histories: bool) -> None:
         self.rows = rows
@@ -76,6 +91,7 @@ class State:
         self.outbox: list[Delta] = []
         self.retired: list[int] = []  # rows for the next plan to retire
         self.forks: list[tuple[int, int, int]] = []  # rows for the next plan to fork
+        self.ended: OrderedDict[tuple[str, int], Ended] = OrderedDict()
         self._held_rows: list[int] = []  # dead rows that the plan in the making still forks from
         self._order: NDArray[np.int64] = np.zeros(0, np.int64)
         self._stale = False
@@ -98,7 +114,10 @@ class State:
         """A sequence gets a row, with the numbers that follow from its request; the caller sets the counts."""
         job, rows, row = seq.job, self.rows, self.rows.take(seq)
         params = job.decoding.row_params()
-        rows.eos[row] = -2 if job.stops or len(job.eos) > 1 else next(iter(job.eos), -1)
+        ends = sorted(job.eos | job.stops)
+        rows.look_up[row] = len(ends) > rows.ends.shape[1]
+        rows.ends[row] = -1
+        rows.ends[row, : len(ends)] = ends[: rows.ends.shape[1]]
         rows.plain[row] = not job.decoding.chooses and params.num_logprobs is None and params.prompt_logprobs is None
         rows.stream[row] = job.request.stream and not job.decoding.chooses
         rows.lead[row] = job.decoding.lead
@@ -142,7 +161,10 @@ class State:
         keep = min(computed, known - 1)
         self.counters.preemptions += 1
         self.running.remove(seq)
-        if seq.candidates is not None or not self.kv.swap_out(seq, keep, computed > keep, moves):
+        job = seq.job
+        # Prompt logprobs still in flight are dropped with the epoch, so that part of the prompt must be computed again.
+        owed = job.skip_cache and job.prompt_logprobs_end < min(computed + 1, job.prompt_length)
+        if seq.candidates is not None or owed or not self.kv.swap_out(seq, keep, computed > keep, moves):
             self.kv.release(seq)
         self.leave(seq)
         seq.status = Status.PARKED if seq.candidates is not None else Status.WAITING
@@ -165,8 +187,12 @@ class State:
         elif seq.status is Status.WAITING:
             self.waiting.forget()
         seq.status = Status.FINISHED
-        self.kv.release(seq)
         job = seq.job
+        if isinstance(job.request.params, SamplingParams) and job.request.params.stop:
+            self.ended[job.request.id, seq.index] = Ended(job.prompt_length, seq.num_outputs, seq.hashes)
+            if len(self.ended) > REMEMBERED:
+                self.ended.popitem(last=False)
+        self.kv.release(seq)
         job.live.pop(seq.index, None)
         if not job.live:
             self.jobs.pop(job.request.id, None)

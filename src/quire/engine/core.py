@@ -39,7 +39,7 @@ class EngineCore:
             prefix_caching=cache.enable_prefix_caching,
             chunked_prefill=schedule.enable_chunked_prefill,
             policy=schedule.scheduling_policy,
-            depth=schedule.depth,
+            stages=config.parallel.pipeline_parallel_size,
             lead=0 if processors else schedule.lead,
             histories=processors,
         )
@@ -53,29 +53,40 @@ class EngineCore:
             while len(self._inflight) < self._depth and (plan := self._scheduler.schedule()) is not None:
                 self._inflight.append((plan, self._executor.submit(plan)))
             if not self._inflight:
+                if self._scheduler.has_work:
+                    raise EngineError(
+                        "nothing can be scheduled, though requests are waiting: this is a defect of quire"
+                    )
                 return []
-            plan, pending = self._inflight.popleft()
-            result = pending.result()
+            plan, pending = self._inflight[0]
+            deltas = self._scheduler.commit(plan, pending.result())
+            self._inflight.popleft()
+            return deltas
         except EngineError:
             raise
         except Exception as error:
             return self._recover(error)
         except BaseException:  # Ctrl-C in the middle of a step: nobody knows how far it came
-            self._inflight.clear()
-            self._scheduler.discard()
+            self._restart()
             raise
-        return self._scheduler.commit(plan, result)
 
     def _recover(self, error: Exception) -> list[Delta]:
-        log.exception("a step failed; its requests end with an error, others start over", exc_info=error)
+        log.error("a step failed; its requests end with an error, others start over", exc_info=error)
+        message = f"{type(error).__name__}: {error}"
+        suspects = self._restart()
+        if not suspects:
+            raise EngineError(f"a step without requests failed: {message}") from error
+        return [delta for name in suspects for delta in self._scheduler.fail(name, message)]
+
+    def _restart(self) -> list[str]:
+        """Forget the plans in flight; who was in the oldest one."""
         for _, pending in self._inflight:
             try:
-                pending.result()
+                pending.result()  # the device must not be at work any more on rows and blocks that are given away
             except Exception as later:
-                log.debug("a plan behind the failed one: %s", later)
+                log.debug("a plan in flight: %s", later)
         self._inflight.clear()
-        message = f"{type(error).__name__}: {error}"
-        return [delta for name in self._scheduler.discard() for delta in self._scheduler.fail(name, message)]
+        return self._scheduler.discard()
 
     def add(self, request: Request) -> None:
         """Raises `ClientError` if the request can never run here."""

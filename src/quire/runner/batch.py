@@ -34,6 +34,7 @@ class Batch:
 
 def stage(plan: Plan, upload: Upload) -> None:
     """Put the batch's integers into the step's one copy to the device."""
+    assert plan.positions is None, "positions with several axes are not there yet"
     counts = plan.counts
     num_rows, total = len(counts), int(counts.sum())
     known = np.diff(plan.token_offsets)

@@ -11,7 +11,7 @@ import torch
 from quire.config.schema import Config
 from quire.runner.kv_store import page_bytes
 from quire.types.errors import ClientError
-from quire.types.kv import KVGroup
+from quire.types.kv import KVGroup, pages_needed
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +35,9 @@ def num_blocks(config: Config, groups: tuple[KVGroup, ...], dtype: torch.dtype, 
     page = page_bytes(arch, groups, cache.block_size, dtype)
     if cache.num_gpu_blocks_override is not None:
         return cache.num_gpu_blocks_override
-    longest = -(-config.model.max_model_len // cache.block_size) * len(groups)
+    longest = pages_needed(
+        groups, config.model.max_model_len, config.scheduler.max_num_batched_tokens, cache.block_size
+    )
     if cache.kv_cache_memory_bytes is not None:
         budget, source = cache.kv_cache_memory_bytes, f"kv_cache_memory_bytes={cache.kv_cache_memory_bytes}"
     elif device.type == "cuda":
@@ -53,8 +55,8 @@ def num_blocks(config: Config, groups: tuple[KVGroup, ...], dtype: torch.dtype, 
     if count < longest:
         raise ClientError(
             f"the KV cache gets {max(0, budget) / GIB:.2f} GiB ({source}), but one sequence of max_model_len="
-            f"{config.model.max_model_len} tokens needs {longest * page / GIB:.2f} GiB: lower max_model_len to "
-            f"{max(0, count) // len(groups) * cache.block_size} or give the cache more memory"
+            f"{config.model.max_model_len} tokens needs {longest * page / GIB:.2f} GiB: lower max_model_len, or give "
+            "the cache more memory"
         )
     return count
 

@@ -22,3 +22,16 @@ class KVGroup(msgspec.Struct, frozen=True):
             raise ValueError(f"unknown KV group kind {self.kind!r}")
         if (self.kind == "sliding") != (self.window is not None):
             raise ValueError("a sliding group needs a window, and only a sliding group has one")
+
+
+def pages_needed(groups: tuple[KVGroup, ...], length: int, chunk: int, block_size: int) -> int:
+    """Pages that one sequence of `length` tokens holds at the most when it is computed in chunks of `chunk`."""
+    total = 0
+    for group in groups:
+        pages = -(-length // block_size)
+        if group.kind == "state":
+            pages = min(pages, 2)
+        elif group.window is not None:
+            pages = min(pages, -(-(group.window + chunk) // block_size) + 1)
+        total += pages
+    return total

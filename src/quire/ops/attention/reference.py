@@ -89,8 +89,9 @@ def _decodes(q_RHE: Tensor, kv: Tensor, group: GroupMeta, meta: AttentionMeta, t
     i = (meta.lengths_R[these].long() - 1).view(rows, 1, 1, 1, 1)
     j = torch.arange(k_RKLE.shape[2], device=q_RHE.device)
     probs = rule(q_RKGQE @ k_RKLE.unsqueeze(2).transpose(-1, -2), i, j)
-    # A page may hold anything behind its last written token, and 0 * nan is nan.
-    v_RKLE = v_RKLE.masked_fill(j.view(1, 1, -1, 1) > i.view(rows, 1, 1, 1), 0.0)
+    # A page may hold anything behind its last written token, or in front of the window, and 0 * nan is nan.
+    unseen = ~rule.seen(i.view(rows, 1, 1, 1), j.view(1, 1, -1, 1))
+    v_RKLE = v_RKLE.masked_fill(unseen, 0.0)
     return (probs @ v_RKLE.unsqueeze(2)).reshape(rows, heads, size).to(q_RHE.dtype)
 
 
@@ -103,7 +104,8 @@ def _row(q_QHE: Tensor, kv: Tensor, group: GroupMeta, meta: AttentionMeta, row: 
     length = meta.lengths_R[row].long()
     j = torch.arange(table.shape[0] * block, device=q_QHE.device)
     k_KLE, v_KLE = (pool[table].flatten(0, 1).transpose(0, 1).float() for pool in (kv[0], kv[1]))
-    v_KLE = v_KLE.masked_fill((j >= length).view(1, -1, 1), 0.0)
+    unseen = (j >= length) if rule.window is None else (j >= length) | (j <= length - count - rule.window)
+    v_KLE = v_KLE.masked_fill(unseen.view(1, -1, 1), 0.0)
     q_KGQE = q_QHE.float().view(count, kv.shape[3], -1, size).permute(1, 2, 0, 3)
     i_Q = length - count + torch.arange(count, device=q_QHE.device)
     out_KGQE = torch.empty_like(q_KGQE)
