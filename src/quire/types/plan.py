@@ -77,7 +77,7 @@ class Plan(msgspec.Struct, frozen=True):
     `positions` (A, K) gives explicit positions of the known tokens for models with several axes; None means
     index + offset.
     `sample_index`, `sample_rows` (S,): the hidden state at the end of `rows[sample_index[s]]` is sampled with the
-    parameters of row `sample_rows[s]`, which also receives the token. They differ where a prompt is shared by n > 1, and
+    parameters of row `sample_rows[s]`, which also receives the token. They differ where a prompt is shared by n > 1;
     then S may exceed R.
     `swap_out` (., 2) device block -> host block; `swap_in` (., 2) host block -> device block;
     `copies` (., 2) device block -> device block; `forks` (., 3) source row, destination row, sample index.
