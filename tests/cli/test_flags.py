@@ -131,3 +131,14 @@ def test_sampling_flags_go_before_the_model_s_defaults() -> None:
 def test_sampling_mistakes_are_one_line() -> None:
     with pytest.raises(click.UsageError, match="temperature"):
         sampling(["--temperature", "9"])
+
+
+def test_flags_of_vllm_without_a_counterpart_say_why() -> None:
+    from click.testing import CliRunner
+
+    from quire.cli.main import cli
+
+    result = CliRunner().invoke(cli, ["generate", "hi", "--best_of", "3"])
+    assert result.exit_code == 2 and "--best-of has no counterpart in quire: ask for n" in result.stderr
+    result = CliRunner().invoke(cli, ["generate", "hi", "--modell", "demo"])
+    assert result.exit_code == 2 and "No such option" in result.stderr

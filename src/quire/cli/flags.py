@@ -15,6 +15,7 @@ from typing import Any
 import click
 
 from quire.config.args import GROUPS, EngineArgs, Spec, callable_allowed, specs
+from quire.config.foreign import FOREIGN
 from quire.types.errors import ClientError, EngineError
 
 CONTEXT = {
@@ -36,6 +37,15 @@ class Grouped(click.Option):
 
 class Command(click.Command):
     """A command whose help shows its options by section, its own first."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, args)
+        except click.NoSuchOption as e:
+            name = e.option_name.lstrip("-").replace("-", "_")
+            if reason := FOREIGN.get(name):
+                raise UserError(f"{e.option_name} has no counterpart in quire: {reason}") from e
+            raise
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         sections: dict[str, list[tuple[str, str]]] = {"Options": []}
