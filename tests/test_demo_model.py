@@ -18,7 +18,7 @@ REQUIRED = 0.95
 
 @pytest.fixture(scope="module")
 def llm() -> Iterator[LLM]:
-    """In float32, in which a CPU without bfloat16 units is several times faster; in small steps, for the same reason."""
+    """In float32, which many CPUs compute several times faster than bfloat16, and in small steps."""
     small: dict[str, Any] = dict(
         max_model_len=512, kv_cache_memory_bytes="64M", max_num_seqs=32, max_num_batched_tokens=256
     )
