@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -12,158 +11,13 @@ from hypothesis import strategies as st
 from quire.core.blocks import BlockPool
 from quire.core.kvcache import KVCacheManager
 from quire.core.moves import Moves
-from quire.core.scheduler import Scheduler
 from quire.types.kv import KVGroup
-from quire.types.params import BeamSearchParams, SamplingParams
-from quire.types.plan import Plan, StepResult, ints
-from quire.types.request import Delta, FinishReason, Request
+from quire.types.params import SamplingParams
+from quire.types.plan import ints
+from quire.types.request import FinishReason, Request
 
-from .device import EOS, SimDevice, beam_oracle, oracle
-
-FULL = KVGroup("full", (0, 1))
-MIXES = (
-    (FULL,),
-    (KVGroup("sliding", (0, 1), 5),),
-    (FULL, KVGroup("sliding", (2, 3), 7)),
-    (FULL, KVGroup("sliding", (2, 3), 1), KVGroup("sliding", (4, 5), 6)),
-    (FULL, KVGroup("state", (2, 3))),
-    (KVGroup("state", (0,)),),
-    (KVGroup("latent", (0, 1)),),
-)
-
-
-@dataclass(frozen=True)
-class Engine:
-    """How a workload is run: nothing here may be visible in its output."""
-
-    groups: tuple[KVGroup, ...] = MIXES[0]
-    block_size: int = 4
-    spare_blocks: int = 8
-    host_blocks: int = 0
-    max_num_seqs: int = 8
-    budget: int = 16
-    depth: int = 1
-    lead: int = 0
-    prefix_caching: bool = True
-    chunked: bool = True
-    policy: str = "fcfs"
-    faults: frozenset[int] = frozenset()  # steps whose results are lost: everything in flight starts over
-
-
-@dataclass(frozen=True)
-class Job:
-    prompt: tuple[int, ...]
-    max_tokens: int
-    seed: int
-    n: int = 1
-    beams: int = 0
-    penalty: float = 1.0
-    stream: bool = True
-    logprobs: int | None = None
-    priority: int = 0
-    arrive: int = 0  # step at which it comes
-    abort: int | None = None  # step at which it is aborted
-    cut: int | None = None  # a "stop string" ends sequence 0 with this output token; found `late` steps later
-    late: int = 0
-
-    def request(self, i: int) -> Request:
-        if self.beams:
-            params = BeamSearchParams(beam_width=self.beams, max_tokens=self.max_tokens, length_penalty=self.penalty)
-        else:
-            params = SamplingParams(n=self.n, max_tokens=self.max_tokens, logprobs=self.logprobs)
-        stream = self.stream or self.cut is not None
-        return Request(str(i), list(self.prompt), params, self.seed, (EOS,), self.priority, stream)
-
-
-MAX_LENGTH = 48
-
-
-class Run:
-    """One workload on one engine, by the loop of the design; `shown[i][index]` is what the user sees."""
-
-    def __init__(self, engine: Engine, jobs: list[Job]) -> None:
-        kv = KVCacheManager(engine.groups, 1, engine.block_size)
-        blocks = kv.worst_case(MAX_LENGTH, engine.budget) + engine.spare_blocks
-        self.scheduler = Scheduler(
-            engine.groups, blocks, engine.block_size, engine.max_num_seqs, engine.budget, MAX_LENGTH,
-            num_host_blocks=engine.host_blocks, prefix_caching=engine.prefix_caching, chunked_prefill=engine.chunked,
-            policy=engine.policy, stages=1 if engine.lead else engine.depth, lead=engine.lead,
-        )  # fmt: skip
-        self.device = SimDevice(engine.groups, engine.block_size)
-        self.jobs = jobs
-        self.shown: list[dict[int, list[int]]] = [{} for _ in jobs]
-        self.finished: list[dict[int, FinishReason]] = [{} for _ in jobs]
-        self.cuts: list[tuple[int, str, int]] = []
-        self.step = 0
-        in_flight: deque[tuple[Plan, StepResult]] = deque()
-        for self.step in range(4000):
-            self._events()
-            while len(in_flight) < engine.depth and (plan := self.scheduler.schedule()) is not None:
-                self.scheduler.check()
-                in_flight.append((plan, self.device.execute(plan)))
-            if in_flight and self.step in engine.faults:
-                suspects = self.scheduler.discard()
-                assert set(suspects) <= {str(i) for i in range(len(jobs))}
-                self.device.forget()
-                in_flight.clear()
-                self.scheduler.check()
-            elif in_flight:
-                self._take(self.scheduler.commit(*in_flight.popleft()))
-                self.scheduler.check()
-            elif not self.scheduler.has_work and self.step > max(job.arrive for job in jobs):
-                break
-        else:
-            raise AssertionError("the workload never ends")
-        stats = self.scheduler.stats()
-        assert stats.blocks_used == 0 and stats.running == 0 and stats.waiting == 0
-
-    def _events(self) -> None:
-        for i, job in enumerate(self.jobs):
-            if job.arrive == self.step:
-                self.scheduler.add(job.request(i))
-            if job.abort is not None and job.arrive + job.abort == self.step:
-                self._take(self.scheduler.abort(str(i)))
-        due = [cut for cut in self.cuts if cut[0] <= self.step]
-        self.cuts = [cut for cut in self.cuts if cut[0] > self.step]
-        for _, name, at in due:
-            self.scheduler.end(name, 0, at)
-        self.scheduler.check()
-
-    def _take(self, deltas: list[Delta]) -> None:
-        for delta in deltas:
-            i, index = int(delta.request_id), delta.index
-            shown, cut = self.shown[i].setdefault(index, []), self.jobs[i].cut
-            if index in self.finished[i]:
-                assert cut is not None and index == 0, "a delta after the end"
-                continue
-            shown += delta.tokens
-            if delta.finish is not None:
-                self.finished[i][index] = delta.finish
-            if cut is not None and index == 0 and len(shown) >= cut:
-                del shown[cut:]
-                self.finished[i][index] = FinishReason.STOP
-                if delta.finish is None:
-                    self.cuts.append((self.step + self.jobs[i].late, str(i), cut))
-
-
-def expected(job: Job) -> list[list[int]]:
-    limit = min(MAX_LENGTH, len(job.prompt) + job.max_tokens)
-    if job.beams:
-        return beam_oracle(list(job.prompt), job.beams, limit, (EOS,), job.penalty)
-    outputs = [oracle(list(job.prompt), job.seed, i, limit, (EOS,)) for i in range(job.n)]
-    if job.cut is not None:
-        outputs[0] = outputs[0][: job.cut]
-    return outputs
-
-
-def check_output(run: Run) -> None:
-    for job, shown, finished in zip(run.jobs, run.shown, run.finished, strict=True):
-        for index, tokens in enumerate(expected(job)):
-            if finished.get(index) is FinishReason.ABORT or (job.abort is not None and index not in finished):
-                assert job.beams or shown.get(index, []) == tokens[: len(shown.get(index, []))]
-            else:
-                assert shown[index] == tokens, f"sample {index} of {job}"
-
+from .device import EOS, nothing
+from .workload import MIXES, Engine, Job, Run, check_counters, check_output, sample_of
 
 PREFIXES = [[1 + (i * 7 + j * j) % 9 for j in range(30)] for i in range(2)]
 
@@ -175,11 +29,16 @@ optional_steps = st.none() | st.integers(0, 12)
 jobs = st.lists(
     st.builds(
         Job,
-        prompt=prompts, max_tokens=st.integers(1, 20), seed=st.integers(0, 2**63), n=st.sampled_from([1, 1, 1, 2, 5]),
+        prompt=prompts, max_tokens=st.integers(1, 20), seed=st.integers(0, 2**59), n=st.sampled_from([1, 1, 1, 2, 5]),
         beams=st.sampled_from([0, 0, 0, 0, 1, 3]), penalty=st.sampled_from([0.0, 1.0, 2.0]), stream=st.booleans(),
         logprobs=st.sampled_from([None, None, 2]), priority=st.integers(-1, 1), arrive=st.integers(0, 10),
         abort=st.sampled_from([None, None, None, 0, 1, 3, 7]), cut=st.sampled_from([None, None, 1, 4, 9]),
-        late=st.integers(0, 3),
+        late=st.integers(0, 3), eos=st.sampled_from([(EOS,), (EOS,), (EOS, 1), ()]),
+        stops=st.sampled_from([(), (), (3,), (3, 4, 5), (1, 2, 3, 4, 6)]),
+        ignore_eos=st.sampled_from([False, False, True]), min_tokens=st.sampled_from([0, 0, 3]),
+        prompt_logprobs=st.sampled_from([None, None, 0, 2]),
+        skip=st.sampled_from([False, False, True]), history=st.booleans(),
+        fail=st.sampled_from([None, None, None, 0, 1, 6]),
     ),
     min_size=1, max_size=9,
 )  # fmt: skip
@@ -191,14 +50,17 @@ engines = st.builds(
     budget=st.sampled_from([1, 3, 16, 200]), depth=st.sampled_from([1, 2, 4]), lead=st.integers(0, 1),
     prefix_caching=st.booleans(), chunked=st.booleans(), policy=st.sampled_from(["fcfs", "priority"]),
     faults=st.sampled_from([frozenset(), frozenset(), frozenset({3, 4, 9}), frozenset({6, 17})]),
+    resets=st.sampled_from([frozenset(), frozenset({2, 5, 6, 11})]), histories=st.booleans(),
 )  # fmt: skip
 
 
 @settings(suppress_health_check=list(HealthCheck), report_multiple_bugs=False)
 @given(jobs, engines)
 def test_output_is_the_oracles_however_scheduled(jobs: list[Job], engine: Engine) -> None:
-    jobs = [replace(job, cut=None) if job.beams else job for job in jobs]
-    check_output(Run(engine, jobs))
+    jobs = [replace(job, seed=16 * job.seed + i, cut=None if job.beams else job.cut) for i, job in enumerate(jobs)]
+    run = Run(engine, jobs)
+    check_output(run)
+    check_counters(run)
 
 
 LONG = [Job((1 + i, *range(1, 10)), 30, seed=i, arrive=i // 2) for i in range(6)]
@@ -227,3 +89,155 @@ def test_a_wrong_block_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Moves, "pairs", lambda self, kind: ints((), (0, 2)))
     with pytest.raises((AssertionError, KeyError)):
         check_output(Run(Engine(), [Job((1, 2, 3, 4, 5), 12, seed=1, n=3)]))
+
+
+def test_a_page_written_under_a_swap_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And a fence that is forgotten: the device swaps out as late as it may."""
+    swap_out = KVCacheManager.swap_out
+
+    def forgetful(self: KVCacheManager, *args: object) -> bool:
+        done = swap_out(self, *args)  # type: ignore[arg-type]
+        self._swapped.clear()
+        return done
+
+    monkeypatch.setattr(KVCacheManager, "swap_out", forgetful)
+    with pytest.raises(AssertionError, match="still being swapped out"):
+        Run(Engine(spare_blocks=1, host_blocks=40, prefix_caching=False), LONG)
+
+
+@pytest.mark.parametrize(("depth", "lead"), [(1, 0), (2, 1), (4, 0)])
+@pytest.mark.parametrize("host_blocks", [0, 40])
+def test_prompt_logprobs_survive_preemption(depth: int, lead: int, host_blocks: int) -> None:
+    """Prompts longer than a step, so that some are preempted in the middle of theirs, with results in flight."""
+    jobs = [
+        Job(
+            (*range(1, 10), *range(1, 10), 1 + i % 9, 2),
+            24,
+            i,
+            n=1 + i % 2,
+            prompt_logprobs=i % 3,
+            arrive=i,
+            priority=-i,
+        )
+        for i in range(7)
+    ]
+    run = Run(
+        Engine(spare_blocks=2, host_blocks=host_blocks, depth=depth, lead=lead, budget=4, policy="priority"), jobs
+    )
+    check_output(run)
+    check_counters(run)
+    assert run.scheduler.stats().preemptions > 0
+    assert run.prompts == [len(job.prompt) for job in jobs]
+
+
+@pytest.mark.parametrize("ends", [(1,), (1, 2), (1, 2, 3, 4), (1, 2, 3, 4, 5), (1, 2, 3, 4, 5, 6, 7)])
+def test_any_of_several_end_tokens_ends(ends: tuple[int, ...]) -> None:
+    """A row holds four of them; who has more is looked up."""
+    for eos, stops in ((ends, ()), ((), ends), (ends[:1], ends[1:])):
+        jobs = [Job((1, 2, 3 + i), 30, seed=i, eos=eos, stops=stops, min_tokens=i % 3) for i in range(12)]
+        run = Run(Engine(max_num_seqs=12, spare_blocks=200, lead=1, depth=2), jobs)
+        check_output(run)
+        stopped = {shown[0][-1] for shown, done in zip(run.shown, run.finished, strict=True) if done[0] == "stop"}
+        assert len(stopped) > len(ends) // 2, "the last of them counts too"
+
+
+def plain(name: str, prompt: list[int], **params: object) -> Request:
+    return Request(name, prompt, SamplingParams(**params), 1, (EOS,))  # type: ignore[arg-type]
+
+
+def test_late_ends_count_until_the_stop_string_only() -> None:
+    """Whether the sequence goes on or has come to its own end before the output side speaks up."""
+    job = Job((1, 2, 3), 12, seed=5, ignore_eos=True)
+    for late in range(16):
+        for cut in (1, 4, 11, 12):
+            run = Run(Engine(block_size=2), [Job(job.prompt, 12, 5, ignore_eos=True, cut=cut, late=late)])
+            check_output(run)
+            assert run.scheduler.stats().generation_tokens == cut
+
+
+def test_what_a_late_end_took_back_is_not_found() -> None:
+    job = Job((1, 2, 3), 12, seed=5, ignore_eos=True)
+    run = Run(Engine(block_size=2), [Job(job.prompt, 12, 5, ignore_eos=True, cut=3, late=40)])
+    tokens = [*job.prompt, *sample_of(job, 0)]
+    run.scheduler.add(plain("again", tokens))
+    plan = run.scheduler.schedule()
+    assert plan is not None and plan.starts.tolist() == [6], "the prompt and the three tokens before the stop string"
+
+
+# -- a request that fails --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("depth", "lead"), [(1, 0), (2, 0), (2, 1), (4, 0)])
+@pytest.mark.parametrize("groups", MIXES, ids=lambda groups: "+".join(group.kind for group in groups))
+def test_failures_touch_nobody_else(groups: tuple[KVGroup, ...], depth: int, lead: int) -> None:
+    jobs = [
+        Job((1, 2, 3, 4, 5, 6, 7, 8, 9 - i), 16, seed=i, n=1 + i % 3, fail=(None, 0, None, 5)[i % 4], arrive=i // 3)
+        for i in range(8)
+    ]
+    run = Run(Engine(groups, depth=depth, lead=lead, host_blocks=20), jobs)
+    check_output(run)
+    check_counters(run)
+    ends = {reason for done in run.finished for reason in done.values()}
+    assert FinishReason.ERROR in ends and FinishReason.LENGTH in ends
+
+
+@pytest.mark.parametrize("host_blocks", [0, 200])
+def test_what_a_failed_request_computed_is_not_found(host_blocks: int) -> None:
+    """Neither its prompt nor its output; the prefix that it found in the cache itself is not to blame."""
+    prefix, tail = [1, 2, 3, 4] * 2, [5, 6, 7, 8] * 2
+    jobs = [
+        Job((*prefix, 9), 1, seed=0),
+        Job((*prefix, *tail, 9), 8, seed=1, arrive=4, fail=4, ignore_eos=True),
+        Job((*prefix, *tail, 9, *sample_of(Job((*prefix, *tail, 9), 4, seed=1, ignore_eos=True), 0)), 4, 2, arrive=16),
+        Job((*prefix, *tail, 9), 4, seed=3, arrive=24),
+    ]
+    run = Run(Engine(host_blocks=host_blocks, spare_blocks=200), jobs)
+    check_output(run)
+    assert run.finished[1][0] is FinishReason.ERROR
+    assert run.cached == {0: 0, 1: 8, 2: 8, 3: 16}
+
+
+# -- the prefix cache, from outside ----------------------------------------------------------------------------------
+
+
+def test_a_reset_prefix_cache_gives_nothing() -> None:
+    prompt = tuple([1, 2, 3, 4] * 4)
+    jobs = [Job(prompt, 2, seed=i, arrive=10 * i) for i in range(3)]
+    run = Run(Engine(spare_blocks=200, host_blocks=10, resets=frozenset({8})), jobs)
+    check_output(run)
+    check_counters(run)
+    assert run.cached == {0: 0, 1: 0, 2: 12}
+    run = Run(Engine(spare_blocks=200, host_blocks=10), jobs)
+    assert run.cached == {0: 0, 1: 12, 2: 12}
+
+
+def test_queries_count_only_where_the_cache_is_read() -> None:
+    prompt = tuple([1, 2, 3, 4] * 4)
+    jobs = [Job(prompt, 2, seed=i, arrive=5 * i, skip=i == 1, prompt_logprobs=0 if i == 2 else None) for i in range(4)]
+    for caching, queries, hits in ((True, 32, 12), (False, 0, 0)):
+        run = Run(Engine(spare_blocks=200, prefix_caching=caching), jobs)
+        check_counters(run)
+        stats = run.scheduler.stats()
+        assert (stats.prefix_queries, stats.prefix_hits) == (queries, hits)
+
+
+def test_the_cache_may_not_be_read_by_who_wants_prompt_logprobs() -> None:
+    """Even where a request says otherwise: a cached position has no hidden state left to take them from."""
+    run = Run(Engine(spare_blocks=200), [Job(tuple([1, 2, 3, 4] * 4), 2, seed=0)])
+    request = plain("again", [1, 2, 3, 4] * 4, prompt_logprobs=0, skip_reading_prefix_cache=False)
+    run.device.on_new = nothing
+    run.device.fails = nothing
+    run.scheduler.add(request)
+    plan = run.scheduler.schedule()
+    assert plan is not None
+    (delta,) = run.scheduler.commit(plan, run.device.execute(plan))
+    assert delta.prompt_logprobs is not None and sum(len(p.logprobs.ranks) for p in delta.prompt_logprobs) == 15
+
+
+def test_rows_that_skip_the_cache_are_swapped_all_the_same() -> None:
+    """Only prompt logprobs that are still owed make a prompt be computed again."""
+    jobs = [Job((1 + i, *range(1, 10)), 30, seed=i, skip=True, ignore_eos=True) for i in range(6)]
+    run = Run(Engine(spare_blocks=1, host_blocks=200), jobs)
+    check_output(run)
+    assert run.scheduler.stats().preemptions > 0
+    assert run.device.computed == sum(len(job.prompt) + 30 - 1 for job in jobs), "nothing is computed twice"

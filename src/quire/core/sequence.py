@@ -63,8 +63,8 @@ class Job:
 
     `limit`: tokens, prompt included, at which a sequence ends. `eos`, `stops`: the model's and the user's tokens that
     end one. `cached_tokens`: how much of the prompt the prefix cache gave, None until the request has run.
-    `prompt_logprobs_end`: the first prompt token without logprobs yet. `skip_cache`: it must compute its whole
-    prompt, since it asks for prompt logprobs.
+    `prompt_logprobs_end`: the first prompt token that still owes its logprobs. `skip_cache`: it must compute its whole
+    prompt, since it asks for prompt logprobs or not to be given cached ones.
     """
 
     __slots__ = (
@@ -84,8 +84,8 @@ class Job:
         self.forked = False
         self.cached_tokens: int | None = None
         self.prompt_logprobs: list[PromptLogprobs] = []
-        self.prompt_logprobs_end = 1
         params = decoding.row_params()
+        self.prompt_logprobs_end = self.prompt_length if params.prompt_logprobs is None else 1
         self.eos = frozenset(() if params.ignore_eos else request.eos_token_ids)
         self.stops = frozenset(params.stop_token_ids or ())
-        self.skip_cache = params.skip_reading_prefix_cache or False
+        self.skip_cache = bool(params.skip_reading_prefix_cache) or params.prompt_logprobs is not None

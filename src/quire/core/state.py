@@ -163,7 +163,7 @@ class State:
         self.running.remove(seq)
         job = seq.job
         # Prompt logprobs still in flight are dropped with the epoch, so that part of the prompt must be computed again.
-        owed = job.skip_cache and job.prompt_logprobs_end < min(computed + 1, job.prompt_length)
+        owed = job.prompt_logprobs_end < min(computed + 1, job.prompt_length)
         if seq.candidates is not None or owed or not self.kv.swap_out(seq, keep, computed > keep, moves):
             self.kv.release(seq)
         self.leave(seq)
