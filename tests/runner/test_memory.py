@@ -1,0 +1,134 @@
+"""How many pages fit: what is given is taken, what is not is measured, and a shortage says what to do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from quire.config.schema import (
+    CacheConfig,
+    Config,
+    DeviceConfig,
+    LoadConfig,
+    ModelConfig,
+    ObservabilityConfig,
+    ParallelConfig,
+    SchedulerConfig,
+)
+from quire.core.scheduler import Scheduler
+from quire.runner import memory
+from quire.runner.kv_store import page_bytes
+from quire.types.errors import ClientError
+from quire.types.kv import KVGroup
+
+from .plans import tiny_arch
+
+CPU = torch.device("cpu")
+FULL = (KVGroup("full", (0, 1)),)
+SLIDING = (KVGroup("sliding", (0, 1), 8),)
+MIX = (KVGroup("full", (0,)), KVGroup("sliding", (1,), 8))
+PAGE = 2 * 2 * 4 * 4 * 4  # layers, keys and values, tokens, head size, bytes
+
+
+def config(length: int = 64, chunk: int = 16, seqs: int = 3, world: int = 1, **cache: Any) -> Config:
+    model = ModelConfig(
+        model="m", path=Path("m"), tokenizer="m", tokenizer_mode="auto", tokenizer_revision=None,
+        skip_tokenizer_init=False, trust_remote_code=False, dtype="float32", seed=0, max_model_len=length,
+        arch=tiny_arch(2),
+    )  # fmt: skip
+    return Config(
+        model=model,
+        cache=CacheConfig(**{"block_size": 4, **cache}),
+        scheduler=SchedulerConfig(max_num_seqs=seqs, max_num_batched_tokens=chunk),
+        parallel=ParallelConfig(tensor_parallel_size=world),
+        load=LoadConfig(),
+        device=DeviceConfig(),
+        observability=ObservabilityConfig(),
+    )
+
+
+def count(groups: tuple[KVGroup, ...] = FULL, device: torch.device = CPU, **options: Any) -> int:
+    return memory.num_blocks(config(**options), groups, torch.float32, device)
+
+
+def test_a_page_is_as_large_as_the_arithmetic_here_says() -> None:
+    assert page_bytes(tiny_arch(2), FULL, 4, torch.float32) == PAGE
+
+
+def test_a_given_number_is_taken_as_it_is() -> None:
+    assert count(num_gpu_blocks_override=5) == 5, "the scheduler will say if that is too few"
+    assert count(num_gpu_blocks_override=77, kv_cache_memory_bytes=1) == 77
+
+
+def test_given_bytes_are_whole_pages() -> None:
+    assert count(kv_cache_memory_bytes=20 * PAGE) == 20
+    assert count(kv_cache_memory_bytes=21 * PAGE - 1) == 20
+
+
+def test_a_cpu_takes_half_of_what_is_free_but_no_more_than_all_rows_can_fill(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "_free_host_memory", lambda: 40 * PAGE)
+    assert count() == 20
+    assert count(length=32, world=2) == 10, "ranks share the memory"
+    monkeypatch.setattr(memory, "_free_host_memory", lambda: 1 << 40)
+    assert count() == 3 * 16, "three sequences of 64 tokens"
+
+
+def test_a_sliding_group_needs_its_window_and_a_chunk_only() -> None:
+    """7 pages: ceil((8 + 16) / 4), and one more since a window begins anywhere in a page. The rest would be idle."""
+    assert memory.num_blocks(config(kv_cache_memory_bytes=7 * PAGE), SLIDING, torch.float32, CPU) == 7
+    with pytest.raises(ClientError):
+        memory.num_blocks(config(kv_cache_memory_bytes=7 * PAGE - 1), SLIDING, torch.float32, CPU)
+    half = PAGE // 2  # a page runs through one layer of each group
+    assert memory.num_blocks(config(kv_cache_memory_bytes=(16 + 7) * half), MIX, torch.float32, CPU) == 23
+    with pytest.raises(ClientError):
+        memory.num_blocks(config(kv_cache_memory_bytes=(16 + 7) * half - 1), MIX, torch.float32, CPU)
+
+
+def test_a_large_chunk_needs_no_more_than_the_whole_sequence() -> None:
+    assert count(SLIDING, chunk=10_000, kv_cache_memory_bytes=16 * PAGE) == 16
+
+
+def test_what_suffices_is_what_the_scheduler_asks_for() -> None:
+    for groups in (FULL, SLIDING, MIX):
+        page = page_bytes(tiny_arch(2), groups, 4, torch.float32)
+        for blocks in range(30):
+            try:
+                memory.num_blocks(config(kv_cache_memory_bytes=blocks * page), groups, torch.float32, CPU)
+            except ClientError:
+                with pytest.raises(ClientError):
+                    Scheduler(groups, blocks, 4, 3, 16, 64)
+            else:
+                Scheduler(groups, blocks, 4, 3, 16, 64)
+
+
+def test_a_shortage_says_what_is_there_what_is_needed_and_what_to_change() -> None:
+    with pytest.raises(ClientError) as caught:
+        count(length=1 << 24, kv_cache_memory_bytes=memory.GIB // 4)
+    text = str(caught.value)
+    assert "0.25 GiB" in text and "kv_cache_memory_bytes=268435456" in text
+    assert f"max_model_len={1 << 24}" in text and "1.00 GiB" in text
+    assert "lower max_model_len" in text and "\n" not in text
+
+
+def test_a_device_gives_what_its_share_leaves_beside_what_is_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    """1000 pages, of which 300 are in use: 80 % of all, less those."""
+    device = torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (700 * PAGE, 1000 * PAGE))
+    assert count(device=device, gpu_memory_utilization=0.8) == 500
+    with pytest.raises(ClientError, match=r"gets 0\.00 GiB \(gpu_memory_utilization=0\.2 of"):
+        count(device=device, gpu_memory_utilization=0.2)
+
+
+def test_the_host_gets_whole_pages_of_its_swap_space() -> None:
+    def host(space: float) -> int:
+        return memory.num_host_blocks(config(swap_space=space), FULL, torch.float32)
+
+    assert host(0.0) == 0
+    assert host(10.5 * PAGE / memory.GIB) == 10
+
+
+def test_free_memory_is_read_from_the_system() -> None:
+    assert 0 < memory._free_host_memory() < 1 << 60
