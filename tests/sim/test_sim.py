@@ -8,6 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from quire.core import state as state_module
 from quire.core.blocks import BlockPool
 from quire.core.kvcache import KVCacheManager
 from quire.core.moves import Moves
@@ -241,3 +242,97 @@ def test_rows_that_skip_the_cache_are_swapped_all_the_same() -> None:
     check_output(run)
     assert run.scheduler.stats().preemptions > 0
     assert run.device.computed == sum(len(job.prompt) + 30 - 1 for job in jobs), "nothing is computed twice"
+
+
+# -- corners that random workloads seldom reach ----------------------------------------------------------------------
+
+
+def test_a_page_that_a_sibling_took_to_the_host_is_written_behind_a_fence() -> None:
+    """Samples share their prompt's last page. There is room for one copy of it; so one of them is swapped out, and the
+    last of them writes the page itself."""
+    prompt = tuple(1 + i % 9 for i in range(45))
+    for caching in (True, False):
+        engine = Engine(spare_blocks=1, host_blocks=20, budget=64, prefix_caching=caching)
+        run = Run(engine, [Job(prompt, 3, seed=1, n=3, ignore_eos=True)])
+        check_output(run)
+        assert run.scheduler.stats().preemptions > 0
+        assert run.device.computed == 45 + 3 * 2, "it was swapped, not computed again"
+
+
+def test_what_a_failed_request_left_on_the_host_is_not_found() -> None:
+    """It was swapped out and came back before it failed: its pages are in both places."""
+    prompt = (9, 8, 7, 6, 5, 4, 3, 2, 1, 9)
+    jobs = [
+        Job(tuple(range(1, 11)), 30, seed=0, ignore_eos=True),
+        Job(prompt, 30, seed=1, ignore_eos=True, fail=28),
+        Job(prompt, 2, seed=2, arrive=120),
+    ]
+    for fail, cached in ((28, 0), (None, 8)):
+        run = Run(Engine(spare_blocks=1, host_blocks=60), [jobs[0], replace(jobs[1], fail=fail), jobs[2]])
+        check_output(run)
+        assert run.scheduler.stats().preemptions > 0
+        assert run.cached[2] == cached
+
+
+def test_a_reset_reaches_the_host() -> None:
+    prompt = tuple([1, 2, 3, 4] * 4)
+    jobs = [
+        Job(prompt, 1, seed=0),
+        Job(tuple(1 + i * i % 10 for i in range(40)), 8, seed=1, arrive=5, ignore_eos=True),
+        Job(prompt, 1, seed=2, arrive=40),
+    ]
+    for resets, cached in ((frozenset[int](), 12), (frozenset({39}), 0)):
+        run = Run(Engine(spare_blocks=0, host_blocks=60, resets=resets), jobs)
+        check_output(run)
+        assert run.cached[2] == cached
+
+
+def test_a_reset_reaches_states_that_the_last_plan_completed() -> None:
+    """They are published when the next plan is made."""
+    jobs = [Job((1, 2, 3, 4, 5, 6, 7, 8, 9), 4, seed=i, arrive=i) for i in range(2)]
+    for resets, cached in ((frozenset[int](), 8), (frozenset({1}), 0)):
+        run = Run(Engine((KVGroup("state", (0,)),), spare_blocks=20, resets=resets), jobs)
+        check_output(run)
+        assert run.cached == {0: 0, 1: cached}
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_prompt_logprobs_wait_for_the_first_sample(seed: int) -> None:
+    """Others may end before it, and speak first where nothing is streamed."""
+    job = Job((1, 2, 3, 4, 5), 30, seed=seed, n=5, stream=False, prompt_logprobs=1)
+    run = Run(Engine(spare_blocks=200), [job])
+    check_output(run)
+    assert run.prompts == [5]
+
+
+def test_prompt_logprobs_of_a_rows_last_owner_are_dropped() -> None:
+    """Its chunks are in flight when it is aborted, and another prompt enters the row."""
+    jobs = [
+        Job(tuple(range(1, 11)), 4, seed=0, prompt_logprobs=1, abort=1),
+        Job(tuple(range(10, 0, -1)), 4, seed=1, prompt_logprobs=1),
+    ]
+    run = Run(Engine(max_num_seqs=1, depth=4, budget=3), jobs)
+    check_output(run)
+    assert run.prompts[1] == 10
+
+
+def test_no_more_is_remembered_of_the_ended_than_can_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(state_module, "REMEMBERED", 3)
+    run = Run(Engine(), [Job((1, 2, 3 + i), 4, seed=i, ignore_eos=True) for i in range(2)])
+    state = run.scheduler._state
+    assert not state.ended, "nobody had stop strings"
+    for i in range(5):
+        run.device.on_new, run.device.fails = nothing, nothing
+        run.scheduler.add(plain(str(i), [1, 2], max_tokens=1, stop="x"))
+        plan = run.scheduler.schedule()
+        assert plan is not None
+        run.scheduler.commit(plan, run.device.execute(plan))
+    assert list(state.ended) == [("2", 0), ("3", 0), ("4", 0)]
+    run.scheduler.end("3", 0, 1)
+    assert ("3", 0) not in state.ended, "it has been asked for"
+    run.scheduler.add(plain("5", [1, 2], max_tokens=9, stop="x", ignore_eos=True))
+    plan = run.scheduler.schedule()
+    assert plan is not None
+    run.scheduler.commit(plan, run.device.execute(plan))
+    run.scheduler.end("5", 0, 1)
+    assert ("5", 0) not in state.ended and not run.scheduler.has_work
