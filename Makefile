@@ -2,6 +2,7 @@
 #   make demo    generate with the bundled model
 #   make test    the tests, on both cores (ARGS="-k words" passes options to pytest)
 #   make check   ruff, pyright, the layer contract
+#   make native  compile the native library again (an install compiles it too)
 #   make bench   throughput, latency and start-up of the bundled model on this machine
 #   make docs    write the generated pages, check links
 #   make soak    the random-workload tests, many more examples
@@ -13,9 +14,9 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 ARGS ?=
 # Python files that are not in src.
-REST := $(wildcard tests examples benchmarks tools docs)
+REST := $(wildcard tests examples benchmarks tools docs csrc hatch_build.py)
 
-.PHONY: demo test check bench docs soak clean setup
+.PHONY: demo test check native bench docs soak clean setup
 
 # One pip command, so that torch is resolved once, to the version in constraints.txt.
 $(STAMP): pyproject.toml constraints.txt
@@ -36,6 +37,9 @@ check: $(STAMP)
 	$(BIN)/ruff format --check src $(REST)
 	$(BIN)/pyright
 	$(BIN)/lint-imports --no-cache
+
+native:
+	$(PYTHON) csrc/build.py src/quire/ops/native/libquire.so
 
 bench: $(STAMP)
 	@for script in $(wildcard benchmarks/core/*.py); do echo "== $$script"; $(BIN)/python $$script || exit 1; done

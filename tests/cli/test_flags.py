@@ -101,7 +101,7 @@ def test_help_has_the_sections_and_hides_what_is_not_there_yet() -> None:
 
     text = CliRunner().invoke(command, ["-h"]).output
     assert "KV cache:" in text and "--max-num-seqs" in text
-    assert "--quantization" not in text and "--speculative-config" not in text
+    assert "--speculative-config" not in text
 
 
 def sampling(argv: list[str], defaults: SamplingParams | None = None, **fallback: Any) -> SamplingParams:

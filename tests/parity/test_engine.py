@@ -156,8 +156,10 @@ def test_engine_equals_transformers(
         {"max_num_batched_tokens": 512, "max_num_seqs": 32, "num_gpu_blocks_override": 900},
         {"swap_space": 0.01},
         {"max_num_seqs": 2, "max_num_batched_tokens": 3, "scheduling_policy": "priority"},
+        {"ops": {"*": "reference"}},
+        {"enforce_eager": True},
     ],
-    ids=["overlapped", "one-at-a-time", "no-prefix-cache", "roomy", "swapping", "cramped"],
+    ids=["overlapped", "one-at-a-time", "no-prefix-cache", "roomy", "swapping", "cramped", "reference-ops", "eager"],
 )
 @pytest.mark.parametrize(
     ("arch", "overrides"), [("llama", {}), ("qwen2", {**MIXED, "max_window_layers": 2})], ids=["full", "mixed"]

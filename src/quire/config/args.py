@@ -105,6 +105,7 @@ class EngineArgs(_Checked):
     logits_processors: list[Any] | None = arg(None, "Logits processors of the whole engine: classes, or names `module:Class`.", "Model")
     served_model_name: str | list[str] | None = arg(None, "Name or names under which the model is known to clients.", "Model")
     model_impl: str = arg("auto", "Whose code runs the model: quire's own (`quire`, or `vllm` as an alias); `auto` takes it as well.", "Model", choices=("auto", "quire", "vllm", "transformers"))
+    quantization: str | None = arg(None, "Round the weights when they are loaded: `int8` or `int4` (activations rounded to 8 bits as well), or either with `_weight_only`. Checkpoints that are quantized already are not yet read.", "Model", choices=("int8", "int8_weight_only", "int4", "int4_weight_only"))
     runner: str = arg("auto", "What the model is for: generation.", "Model", choices=("auto", "generate"))
     enforce_eager: bool = arg(False, "Never use CUDA graphs.", "Model")
 
@@ -137,6 +138,8 @@ class EngineArgs(_Checked):
     device: str = arg("auto", "`auto` is the GPU where PyTorch can use one, else the CPU.", "Device", choices=("auto", "cpu", "cuda"))
     threads: int | None = arg(None, "CPU threads of a worker; by default OMP_NUM_THREADS, else the physical cores at hand.", "Device", low=1, high=4096)
 
+    ops: dict[str, Any] = arg({}, "Implementations that must be used, by operation (`*`: all others), as `quire env` lists them; say {\"*\": \"reference\"} for plain PyTorch.", "Device")
+
     disable_log_stats: bool = arg(False, "No periodic line of statistics.", "Observability")
     log_level: str | None = arg(None, "Level of the log; QUIRE_LOG_LEVEL, else `info`, by default.", "Observability", choices=("debug", "info", "warning", "error", "critical"))
     log_interval: float = arg(10.0, "Seconds between two lines of statistics.", "Observability", low=0.0)
@@ -149,7 +152,6 @@ class EngineArgs(_Checked):
     pipeline_parallel_size: int = later(1, "pipeline parallelism is not yet in quire: leave it at 1")
     data_parallel_size: int = later(1, "data parallelism is not yet in quire: leave it at 1, and start one engine per device")
     nnodes: int = later(1, "running on several nodes is not yet in quire: leave it at 1")
-    quantization: str | None = later(None, "quantization is not yet in quire: give a checkpoint in float32, bfloat16 or float16")
     cpu_offload_gb: float = later(0.0, "offloading weights to the host is not yet in quire: leave it at 0")
     enable_lora: bool = later(False, "LoRA is not yet in quire: merge the adapter into the checkpoint")
     speculative_config: dict[str, Any] | None = later(None, "speculative decoding is not yet in quire")

@@ -78,7 +78,7 @@ def resolve(args: EngineArgs, *, machine: Machine | None = None, usage: str = "l
         scheduler=_scheduler(args, device, machine, max_model_len, parallel.world_size, usage),
         parallel=parallel,
         load=LoadConfig(load_format=args.load_format, download_dir=args.download_dir, revision=args.revision),
-        device=DeviceConfig(device=device, threads=_threads(args, machine, parallel.world_size)),
+        device=DeviceConfig(device=device, threads=_threads(args, machine, parallel.world_size), ops=args.ops),
         observability=ObservabilityConfig(
             disable_log_stats=args.disable_log_stats,
             log_level=level_name(args.log_level),
@@ -351,6 +351,7 @@ def _model(
         logits_processors=tuple(args.logits_processors or ()),
         enforce_eager=args.enforce_eager,
         model_impl="quire",
+        quantization=args.quantization,
         served_model_names=(names,) if isinstance(names, str) else tuple(names),
     )
 

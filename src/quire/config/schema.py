@@ -42,6 +42,7 @@ class ModelConfig:
     logits_processors: tuple[Any, ...] = ()
     enforce_eager: bool = False
     model_impl: str = "auto"
+    quantization: str | None = None
     served_model_names: tuple[str, ...] = ()
 
 
@@ -102,6 +103,7 @@ class DeviceConfig:
 
     device: str = "cpu"
     threads: int = 1
+    ops: Mapping[str, str] = field(default_factory=dict[str, str])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,26 +1,69 @@
 """Linear layers, embeddings and the language model head. Owns: their shapes, split marks and checkpoint names.
 
-Knows nothing of devices, sharding or quantization: passes change or replace these modules.
+Knows nothing of devices or sharding: passes change or replace these modules. A scheme that a pass set is applied when
+the weights are there.
 Shape legend: T tokens, S sampled rows, D features, V vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from quire.layers.slots import Part, SlotModule
 from quire.ops.dispatch import Binder
-from quire.ops.linear import LINEAR
+from quire.ops.linear import EMBEDDING, LINEAR, QUANTIZED_EMBEDDING, QUANTIZED_LINEAR, QuantizedWeight
 
 
-class Linear(SlotModule):
+class Quantizes(Protocol):
+    """What a quantization pass sets on a matrix."""
+
+    def quantize(self, weight_ND: Tensor) -> QuantizedWeight: ...
+
+
+class Matrix(SlotModule):
+    """A module whose `weight` is a matrix that takes part in products, or is looked up in by rows."""
+
+    weight: Tensor | QuantizedWeight
+
+    def __init__(self, split: str | None = None) -> None:
+        super().__init__(split)
+        self.scheme: Quantizes | None = None
+        self.op = LINEAR.reference
+
+    def quantize(self) -> None:
+        """Once loaded: apply the scheme; the loaded weight is let go."""
+        if self.scheme is not None and isinstance(self.weight, Tensor):
+            self.replace(self.scheme.quantize(self.weight))
+
+    def replace(self, weight: QuantizedWeight) -> None:
+        del self.weight  # a parameter cannot be overwritten with anything else
+        self.weight = weight
+
+    def bind(self, ops: Binder) -> None:
+        outputs, inputs = self.weight.shape
+        weight = self.weight
+        if isinstance(weight, Tensor):
+            self.op = ops.bind(LINEAR, inputs=inputs, outputs=outputs)
+            return
+        self.op = ops.bind(
+            QUANTIZED_LINEAR,
+            inputs=inputs,
+            outputs=outputs,
+            bits=weight.bits,
+            group=weight.group,
+            dynamic=weight.dynamic,
+        )
+        if (pack := getattr(self.op, "pack", None)) is not None:
+            self.weight = pack(weight)
+
+
+class Linear(Matrix):
     """y = x W^T + b. `transposed`: the checkpoint stores W as (in, out), as GPT-2's Conv1D does."""
 
-    weight: Tensor
     bias: Tensor | None
 
     def __init__(
@@ -33,21 +76,16 @@ class Linear(SlotModule):
             self.add_slot("bias", (outputs,))
         else:
             self.no_slot("bias")
-        self.op = LINEAR.reference
-
-    def bind(self, ops: Binder) -> None:
-        self.op = ops.bind(LINEAR, inputs=self.weight.shape[1], outputs=self.weight.shape[0])
 
     def forward(self, x_TD: Tensor) -> Tensor:
         return self.op(x_TD, self.weight, self.bias)
 
 
-class MergedLinear(SlotModule):
+class MergedLinear(Matrix):
     """Several linear layers of one input as one matrix. `parts` names them (siblings of this module in the checkpoint)
     with their output sizes; `packed`: the checkpoint holds them as one tensor with this module's own name.
     """
 
-    weight: Tensor
     bias: Tensor | None
 
     def __init__(
@@ -78,10 +116,6 @@ class MergedLinear(SlotModule):
             self.add_slot("bias", (total,), biases)
         else:
             self.no_slot("bias")
-        self.op = LINEAR.reference
-
-    def bind(self, ops: Binder) -> None:
-        self.op = ops.bind(LINEAR, inputs=self.weight.shape[1], outputs=self.weight.shape[0])
 
     def merged(self, x_TD: Tensor) -> Tensor:
         """All outputs side by side."""
@@ -92,41 +126,54 @@ class MergedLinear(SlotModule):
         return self.merged(x_TD).split(self.sizes, dim=-1)
 
 
-class Embedding(SlotModule):
+class Embedding(Matrix):
     """Rows of a table, by token id or by position (`offset` is added first)."""
-
-    weight: Tensor
 
     def __init__(self, count: int, size: int, offset: int = 0, split: str | None = None) -> None:
         super().__init__(split)
         self.offset = offset
+        self.op = EMBEDDING.reference
         self.add_slot("weight", (count + offset, size))
 
+    def bind(self, ops: Binder) -> None:
+        self.dtype = ops.dtype
+        op = EMBEDDING if isinstance(self.weight, Tensor) else QUANTIZED_EMBEDDING
+        self.op = ops.bind(op, size=self.weight.shape[1])
+
     def forward(self, ids_T: Tensor) -> Tensor:
-        return F.embedding(ids_T + self.offset if self.offset else ids_T, self.weight)
+        if isinstance(self.weight, Tensor):
+            return self.op(ids_T, self.weight, self.offset)
+        return self.op(ids_T, self.weight, self.offset, self.dtype)
 
 
-class LMHead(SlotModule):
+class LMHead(Matrix):
     """Logits of hidden states; `tied` to the embedding's table or with a table of its own."""
-
-    weight: Tensor
 
     def __init__(self, size: int, vocab_size: int, tied: Embedding | None = None) -> None:
         super().__init__("vocab")
-        self.tied = tied is not None
+        self._table = () if tied is None else (tied,)  # in a tuple, so as not to be a submodule twice
         if tied is None:
             self.add_slot("weight", (vocab_size, size))
         else:
             self.weight = tied.weight
-        self.op = LINEAR.reference
 
-    def bind(self, ops: Binder) -> None:
-        self.op = ops.bind(LINEAR, inputs=self.weight.shape[1], outputs=self.weight.shape[0])
+    @property
+    def tied(self) -> bool:
+        return bool(self._table)
 
     def untie(self) -> None:
         """Gives a tied head memory of its own, uninitialised."""
-        self.tied = False
+        self._table = ()
+        assert isinstance(self.weight, Tensor)
         self.weight = nn.Parameter(torch.empty_like(self.weight), requires_grad=False)
 
+    def quantize(self) -> None:
+        """A tied table is kept once: the embedding, which comes earlier in the model, has quantized it."""
+        for table in self._table:
+            if isinstance(table.weight, QuantizedWeight):
+                self.replace(table.weight)
+                return
+        super().quantize()
+
     def forward(self, hidden_SD: Tensor) -> Tensor:
-        return self.op(hidden_SD, self.weight, None).to(torch.float32)
+        return self.op(hidden_SD, self.weight, None, torch.float32)

@@ -13,9 +13,11 @@ import torch
 from torch import nn
 
 from quire.config.schema import Config
+from quire.layers.linear import Matrix
 from quire.loading.weights import load_weights
 from quire.models.registry import ModelRegistry
 from quire.ops.dispatch import Binder
+from quire.quantization import SCHEMES, Scheme, mark_layers
 from quire.types.errors import ClientError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -38,7 +40,7 @@ class Pass(Protocol):
 
 
 class Whole:
-    """The stage, shard and quantize passes of one device in full precision: every layer stays as it is."""
+    """The pass of a feature that is off (stage and shard on one device, say): every layer stays as it is."""
 
     def __call__(self, model: nn.Module, context: LoadContext) -> None:
         pass
@@ -80,11 +82,23 @@ class Binds(Protocol):
     def bind(self, ops: Binder) -> None: ...
 
 
+class Quantize:
+    """Marks the layers that the scheme changes; `Finish` changes them, when their weights are there."""
+
+    def __init__(self, scheme: Scheme) -> None:
+        self._scheme = scheme
+
+    def __call__(self, model: nn.Module, context: LoadContext) -> None:
+        mark_layers(model, self._scheme)
+
+
 class Finish:
-    """Makes computed tensors and binds the ops, module by module."""
+    """Quantizes, makes computed tensors and binds the ops, module by module, each source freed before the next."""
 
     def __call__(self, model: nn.Module, context: LoadContext) -> None:
         for module in model.modules():
+            if isinstance(module, Matrix):
+                module.quantize()
             if isinstance(module, Builds):
                 module.build(context.config.model.max_model_len, context.device)
             if isinstance(module, Binds):
@@ -93,12 +107,12 @@ class Finish:
             assert tensor.device.type != "meta", f"{name} was never given memory"
 
 
-def passes() -> list[tuple[str, Pass]]:
-    """The passes by name, in order, for one device in full precision."""
+def passes(quantization: str | None = None) -> list[tuple[str, Pass]]:
+    """The passes by name, in order, for one device."""
     return [
         ("stage", Whole()),
         ("shard", Whole()),
-        ("quantize", Whole()),
+        ("quantize", Whole() if quantization is None else Quantize(SCHEMES[quantization])),
         ("materialise", Materialise()),
         ("load", Load()),
         ("finish", Finish()),
@@ -120,6 +134,6 @@ def load_model(config: Config, device: torch.device, ops: Binder | None = None) 
     model_class = ModelRegistry.resolve([config.model.arch.architecture])
     with torch.device("meta"):
         model: nn.Module = model_class(config.model.arch)
-    for _, change in passes():
+    for _, change in passes(config.model.quantization):
         change(model, context)
     return model.eval()

@@ -116,6 +116,7 @@ def _settle_tied(name: str, tensor: Tensor, head: nn.Module, wants: dict[str, li
         return
     else:
         head.untie()
+        assert isinstance(head.weight, Tensor), "weights are loaded before they are quantized"
         _fill(name, tensor, [_Want(head.weight, Part("weight", table.part.shape), table.slot)])
 
 

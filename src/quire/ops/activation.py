@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from quire.ops.dispatch import REGISTRY
+from quire.ops.native import register
 
 _tanh_gelu = partial(F.gelu, approximate="tanh")
 
@@ -52,3 +53,5 @@ def gated_activation(x_T2F: Tensor, kind: str) -> Tensor:
 
 ACTIVATION = REGISTRY.op("activation", activation)
 GATED_ACTIVATION = REGISTRY.op("gated_activation", gated_activation)
+register(ACTIVATION, "supports_activation")
+register(GATED_ACTIVATION, "supports_activation")

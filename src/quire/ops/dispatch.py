@@ -48,10 +48,12 @@ class Implementation:
     def refusal(self, case: Case) -> str | None:
         """Why it cannot serve `case`; a module that is not installed is a reason too."""
         try:
-            self.load()
+            reason = self.supports(case)
+            if reason is None:
+                self.load()
+            return reason
         except ImportError as error:
             return f"cannot be imported: {error}"
-        return self.supports(case)
 
     def load(self) -> Callable[..., Any]:
         if callable(self.target):
@@ -123,7 +125,7 @@ REGISTRY = OpRegistry()
 class Binder:
     """Chooses implementations for one engine and remembers what it chose, for `report()`.
 
-    `forced`: op name -> implementation name that must be used.
+    `forced`: op name -> implementation name that must be used; "*" stands for all ops that are not named.
     """
 
     def __init__(self, device: torch.device, dtype: torch.dtype, forced: Mapping[str, str] | None = None) -> None:
@@ -133,7 +135,7 @@ class Binder:
         self._forced = dict(forced or {})
         self._choices: dict[tuple[str, tuple[tuple[str, Any], ...]], tuple[Choice, Callable[..., Any]]] = {}
         for name in self._forced:
-            if name not in REGISTRY.names():
+            if name != "*" and name not in REGISTRY.names():
                 raise ClientError(f"no op named {name!r}; there are {', '.join(REGISTRY.names())}", "ops", name)
 
     def bind(self, op: Op, **shapes: Any) -> Callable[..., Any]:
@@ -150,7 +152,7 @@ class Binder:
     def _choose(self, op: Op, case: Case) -> tuple[Choice, Callable[..., Any]]:
         reasons = [(known, known.refusal(case)) for known in op.implementations]
         candidates = tuple((known.name, reason) for known, reason in reasons)
-        wanted = self._forced.get(op.name)
+        wanted = self._forced.get(op.name, self._forced.get("*"))
         for known, reason in reasons:
             if reason is None and wanted in (None, known.name):
                 return Choice(op.name, case, known.name, candidates), known.load()

@@ -1,19 +1,121 @@
-"""Linear layers as an operation. Owns: y = x W^T + b. Knows no names, no packing, no quantization.
+"""Linear layers as operations, with plain and with quantized weights. Owns: what they mean, and `QuantizedWeight`.
 
-Shape legend: T tokens, D inputs, N outputs.
+Knows no names, no checkpoints, and no packing: an implementation that wants another layout of the weight has an
+attribute `pack(weight) -> weight`, which is called once after loading.
+Shape legend: T tokens, D inputs, N outputs, G groups of a row's inputs, S = D / G inputs of a group.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from quire.ops.dispatch import REGISTRY
+from quire.ops.native import register
 
 
-def linear(x_TD: Tensor, weight_ND: Tensor, bias_N: Tensor | None) -> Tensor:
-    """(T, N) in the dtype of x. Any leading shape."""
-    return F.linear(x_TD, weight_ND, bias_N)
+def linear(x_TD: Tensor, weight_ND: Tensor, bias_N: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:
+    """(T, N) in `dtype`, by default that of x. Any leading shape."""
+    y_TN = F.linear(x_TD, weight_ND, bias_N)
+    return y_TN if dtype is None else y_TN.to(dtype)
+
+
+def embedding(ids_T: Tensor, table_VD: Tensor, offset: int) -> Tensor:
+    """(T, D): rows of the table at ids + offset."""
+    return F.embedding(ids_T + offset if offset else ids_T, table_VD)
+
+
+@dataclass(frozen=True, eq=False)
+class QuantizedWeight:
+    """A weight (N, D) in `bits` bits: w[n, d] = q[n, d] * scale[n, d // S], symmetric.
+
+    `q`: int8 (N, D) for 8 bits; uint8 (N, D / 2) for 4 bits, the even input in the low half, each half q + 8.
+    `scale`: float32 (N, G). `dynamic`: activations are rounded to int8 as well, a scale for each token. `packed`: what
+    an implementation made of it, `q` then being empty.
+    """
+
+    q: Tensor
+    scale_NG: Tensor
+    bits: int
+    dynamic: bool
+    inputs: int
+    packed: object = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.scale_NG.shape[0], self.inputs
+
+    @property
+    def group(self) -> int:
+        """Inputs that share a scale."""
+        return self.inputs // self.scale_NG.shape[1]
+
+    def integers(self, rows: Tensor | None = None) -> Tensor:
+        """q as int8 (N, D), or only these rows of it."""
+        q = self.q if rows is None else self.q[rows]
+        if self.bits == 8:
+            return q
+        low, high = (q & 15).to(torch.int8) - 8, (q >> 4).to(torch.int8) - 8
+        return torch.stack((low, high), -1).flatten(-2)
+
+    def dense(self, rows: Tensor | None = None) -> Tensor:
+        """The weight in float32, or only these rows of it."""
+        q, scale = self.integers(rows), self.scale_NG if rows is None else self.scale_NG[rows]
+        return (q.unflatten(-1, (scale.shape[-1], -1)).float() * scale.unsqueeze(-1)).flatten(-2)
+
+
+def quantize_weight(weight_ND: Tensor, bits: int, group: int, dynamic: bool) -> QuantizedWeight:
+    """Round to nearest, symmetric, each group of `group` inputs (0: the whole row) scaled by its largest magnitude."""
+    inputs = weight_ND.shape[1]
+    w = weight_ND.float().unflatten(-1, (-1, group or inputs))
+    largest = (1 << (bits - 1)) - 1
+    scale = w.abs().amax(-1).clamp(min=1e-12) / largest
+    q = (w / scale.unsqueeze(-1)).round().clamp(-largest, largest).to(torch.int8).flatten(-2)
+    if bits == 4:
+        halves = (q + 8).to(torch.uint8)
+        q = halves[:, 0::2] | (halves[:, 1::2] << 4)
+    return QuantizedWeight(q.contiguous(), scale.contiguous(), bits, dynamic, inputs)
+
+
+def quantize_tokens(x_TD: Tensor) -> tuple[Tensor, Tensor]:
+    """x as int8 (T, D) and a float32 scale for each token: the largest magnitude becomes 127, halves go to even."""
+    x = x_TD.float()
+    scale_T1 = x.abs().amax(-1, keepdim=True).clamp(min=1e-12) / 127
+    return (x / scale_T1).round().to(torch.int8), scale_T1
+
+
+def quantized_linear(
+    x_TD: Tensor, weight: QuantizedWeight, bias_N: Tensor | None, dtype: torch.dtype | None = None
+) -> Tensor:
+    """(T, N) in `dtype`, by default that of x. Dynamic: integer products summed exactly in each group, then scaled in
+    float32."""
+    dtype = dtype or x_TD.dtype
+    if not weight.dynamic:
+        return F.linear(x_TD, weight.dense().to(x_TD.dtype), bias_N).to(dtype)
+    xq, scale_T1 = quantize_tokens(x_TD.flatten(0, -2))
+    size = weight.group
+    y_TN = torch.zeros(xq.shape[0], weight.shape[0])
+    wq = weight.integers()
+    for g in range(weight.scale_NG.shape[1]):  # products of 8-bit numbers: float64 sums them exactly
+        part = slice(g * size, (g + 1) * size)
+        y_TN += (xq[:, part].double() @ wq[:, part].double().t()).float() * weight.scale_NG[:, g]
+    y_TN = y_TN * scale_T1
+    if bias_N is not None:
+        y_TN = y_TN + bias_N.float()
+    return y_TN.to(dtype).unflatten(0, x_TD.shape[:-1])
+
+
+def quantized_embedding(ids_T: Tensor, table: QuantizedWeight, offset: int, dtype: torch.dtype) -> Tensor:
+    """(T, D) in `dtype`: rows of the table at ids + offset."""
+    return table.dense(ids_T + offset).to(dtype)
 
 
 LINEAR = REGISTRY.op("linear", linear)
+EMBEDDING = REGISTRY.op("embedding", embedding)
+QUANTIZED_EMBEDDING = REGISTRY.op("quantized_embedding", quantized_embedding)
+QUANTIZED_LINEAR = REGISTRY.op("quantized_linear", quantized_linear)
+register(LINEAR, "supports_linear")
+register(EMBEDDING)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from quire.ops.dispatch import REGISTRY
+from quire.ops.native import register
 
 
 def rms_norm(x_TD: Tensor, residual_TD: Tensor | None, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -31,3 +32,5 @@ def layer_norm(
 
 RMS_NORM = REGISTRY.op("rms_norm", rms_norm)
 LAYER_NORM = REGISTRY.op("layer_norm", layer_norm)
+register(RMS_NORM)
+register(LAYER_NORM)

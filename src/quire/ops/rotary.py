@@ -15,6 +15,7 @@ from torch import Tensor
 
 from quire.config.arch import RopeParams
 from quire.ops.dispatch import REGISTRY
+from quire.ops.native import register
 from quire.types.errors import ClientError
 
 
@@ -107,3 +108,4 @@ def _yarn(rope: RopeParams) -> tuple[Tensor, float]:
 _KINDS = {"default": _default, "linear": _linear, "llama3": _llama3, "yarn": _yarn}
 
 ROTARY = REGISTRY.op("rotary", rotary)
+register(ROTARY)

@@ -8,7 +8,9 @@ from __future__ import annotations
 from quire.ops.attention.meta import AttentionMeta, GroupMeta
 from quire.ops.attention.reference import attention
 from quire.ops.dispatch import REGISTRY
+from quire.ops.native import register
 
 ATTENTION = REGISTRY.op("attention", attention)
+register(ATTENTION, "supports_attention")
 
 __all__ = ["ATTENTION", "AttentionMeta", "GroupMeta", "attention"]

@@ -1,0 +1,74 @@
+// Head norm, rotary and KV write of a token in one pass. Included inside a level's namespace.
+
+// One head: from x to two places (either may be null), normed and turned on the way. `row`: room for size + W floats.
+template <class T, class C>
+inline void head(const T* x, int64_t size, const T* weight, float eps, const float* cosines, const float* sines,
+                    int64_t half, float* row, T* out, C* cache) {
+    for (int64_t e = 0; e < size; e += W) store(row + e, load(x + e, size - e));
+    if (weight) {
+        V squares = zero();
+        for (int64_t e = 0; e < size; e += W) {
+            V v = load(row + e);
+            squares = fma(v, v, squares);  // lanes beyond the end are 0
+        }
+        V scale = set(1.0f / __builtin_sqrtf(sum(squares) / float(size) + eps));
+        for (int64_t e = 0; e < size; e += W) {
+            V v = rounded<T>(mul(load(row + e), scale));
+            store(row + e, rounded<T>(mul(v, load(weight + e, size - e))));
+        }
+    }
+    if (cosines)
+        for (int64_t f = 0; f < half; f += W) {
+            int64_t left = half - f;
+            V a = load(row + f, left), b = load(row + half + f, left);
+            V c = load(cosines + f, left), s = load(sines + f, left);
+            store(row + f, sub(mul(a, c), mul(b, s)), left);
+            store(row + half + f, add(mul(b, c), mul(a, s)), left);
+        }
+    for (int64_t e = 0; e < size; e += W) {
+        V v = load(row + e);
+        if (out) store(out + e, v, size - e);
+        if (cache) store(cache + e, rounded<T>(v), size - e);
+    }
+}
+
+template <class T, class C> void heads_rows(const qr_op& op, Context& c) {
+    int64_t tokens = c.count(op.i[0]), h_q = op.i[1], h_kv = op.i[2], size = op.i[3], half = op.i[4];
+    auto *table = static_cast<const float*>(op.p[3]);
+    auto *positions = static_cast<const int64_t*>(op.p[4]), *slots = static_cast<const int64_t*>(op.p[5]);
+    auto* row = static_cast<float*>(c.scratch(size_t(size + 2 * W) * sizeof(float)));
+    auto at = [](void* base, int64_t offset) { return base ? static_cast<T*>(base) + offset : nullptr; };
+    Pieces pieces(tokens, most(1, 2048 / most(1, (h_q + 2 * h_kv) * size)), c.threads);
+    for (int64_t piece; (piece = c.take(pieces.count)) >= 0;)
+        for (int64_t t = pieces.begin(piece); t < pieces.end(piece); t++) {
+            const float *cosines = nullptr, *sines = nullptr;
+            if (table) {
+                int64_t position = least(most(positions[t], 0), op.i[5] - 1);
+                cosines = table + position * half;
+                sines = cosines + op.i[5] * half;
+            }
+            const T *q = at(op.p[0], t * op.i[6]), *k = at(op.p[1], t * op.i[7]), *v = at(op.p[2], t * op.i[8]);
+            T *q_out = at(op.p[8], t * op.i[9]), *k_out = at(op.p[9], t * op.i[10]);
+            auto *weight_q = static_cast<const T*>(op.p[10]), *weight_k = static_cast<const T*>(op.p[11]);
+            bool cached = slots && slots[t] >= 0;
+            C *keys = cached ? static_cast<C*>(op.p[6]) + slots[t] * op.i[11] : nullptr;
+            C *values = cached ? static_cast<C*>(op.p[7]) + slots[t] * op.i[11] : nullptr;
+            float eps = float(op.f[0]);
+            if (q && q_out)
+                for (int64_t h = 0; h < h_q; h++)
+                    head<T, C>(q + h * size, size, weight_q, eps, cosines, sines, half, row, q_out + h * size, nullptr);
+            if (k && (k_out || keys))
+                for (int64_t h = 0; h < h_kv; h++)
+                    head<T, C>(k + h * size, size, weight_k, eps, cosines, sines, half, row,
+                               k_out ? k_out + h * size : nullptr, keys ? keys + h * size : nullptr);
+            if (v && values)
+                for (int64_t e = 0; e < h_kv * size; e += W)
+                    store(values + e, load(v + e, h_kv * size - e), h_kv * size - e);
+        }
+}
+void heads(const qr_op& op, Context& c) {
+    with_type(type_a(op), [&](auto a) {
+        using T = typename decltype(a)::type;
+        heads_rows<T, T>(op, c);
+    });
+}

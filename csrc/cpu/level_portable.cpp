@@ -1,0 +1,16 @@
+// The kernels of one level: what stands between the braces is compiled for it alone (levels.h says why).
+
+#include "levels.h"
+
+namespace qr::portable {
+#include "types.h"
+#include "vec_portable.h"
+#include "elementwise.h"
+#include "heads.h"
+constexpr int ROWS_OF_ONE = 4, ROWS_OF_TWO = 4;  // weight rows at a time, for one and two tokens
+#include "linear.h"
+void linear(const qr_op& op, Context& c) { linear_generic(op, c); }
+constexpr bool FAST_PAIRS = false;
+#include "attention.h"
+#include "table.h"
+}  // namespace qr::portable

@@ -1,0 +1,30 @@
+"""The implementations named "native" by name: methods of one `kernels.Kernels` with the process's pool.
+
+Owns: that pool. As torch's own threads, it stands for the process's cores: eager ops have no engine to carry one. They
+are bound methods, so that who records a forward can tell native ops and whose they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+
+from quire.ops.native.kernels import Kernels
+from quire.ops.native.library import Pool
+from quire.utils.devices import physical_cores
+
+
+@cache
+def kernels() -> Kernels:
+    """A thread for each physical core, but no more than torch was told to use."""
+    return Kernels(Pool(max(1, min(physical_cores(), torch.get_num_threads()))))
+
+
+def __getattr__(name: str) -> Callable[..., Any]:
+    """The method of that name; the pool is made when the first one is bound."""
+    if name.startswith("_"):
+        raise AttributeError(name)
+    return getattr(kernels(), name)

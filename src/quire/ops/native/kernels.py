@@ -1,0 +1,161 @@
+"""The implementations named "native": the ops of `quire.ops` by the native library, one call each.
+
+Owns: what is supported and why not, and the shapes of results. `Kernels` holds a pool, so that a test can have one for
+each level of instructions.
+
+Shape legend: T tokens, D features, N outputs, K KV heads, H query heads, E head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from quire.ops.attention import reference
+from quire.ops.attention.meta import AttentionMeta, GroupMeta
+from quire.ops.dispatch import Case
+from quire.ops.linear import linear as torch_linear
+from quire.ops.native import program
+from quire.ops.native.library import PORTABLE, Pool, levels, load
+
+
+def refusal(case: Case) -> str | None:
+    """Why the library cannot serve a case of any op."""
+    if case.device.type != "cpu":
+        return f"runs on a CPU, not on {case.device.type}"
+    if case.dtype not in program.TYPES:
+        return f"has no kernels for {str(case.dtype).removeprefix('torch.')}"
+    library = load()
+    return library if isinstance(library, str) else None
+
+
+def supports_activation(case: Case) -> str | None:
+    kind = case.shapes.get("kind", "silu")
+    return refusal(case) or (None if kind in program.KINDS else f"has no kernel for {kind}")
+
+
+def supports_attention(case: Case) -> str | None:
+    heads, kv_heads = case.shapes.get("num_heads", 1), case.shapes.get("num_kv_heads", 1)
+    return refusal(case) or (None if heads % kv_heads == 0 else f"{heads} heads are no multiple of {kv_heads} KV heads")
+
+
+def supports_linear(case: Case) -> str | None:
+    return refusal(case) or (None if max(levels()) > PORTABLE else "is slower than torch without AVX2")
+
+
+def _rows(x: Tensor) -> Tensor:
+    """`x` with its last dimension dense."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def _heads(x_THE: Tensor) -> Tensor:
+    """`x` with the heads of a token side by side."""
+    dense = x_THE.stride(2) == 1 and (x_THE.stride(1) == x_THE.shape[2] or x_THE.shape[1] == 1)
+    return x_THE if dense else x_THE.contiguous()
+
+
+class Kernels:
+    """`empty` and `count` are where a recorder (`recorder.py`) steps in."""
+
+    def __init__(self, pool: Pool) -> None:
+        self.pool = pool
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Memory for a result."""
+        return torch.empty(tuple(shape), dtype=dtype)
+
+    def count(self, size: int) -> int:
+        """A number of tokens, rows or samples as an operation is to hold it."""
+        return size
+
+    def rms_norm(self, x: Tensor, residual: Tensor | None, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        if residual is None and x.dim() == 3 and x.stride(-1) == 1:
+            out = self.empty(x.shape, x.dtype)
+            self.pool.run(program.head_norm(x, weight_D, out, eps, self.count(x.shape[0])))
+            return out, x
+        return self._norm(program.RMS_NORM, x, residual, weight_D, None, eps)
+
+    def layer_norm(
+        self, x: Tensor, residual: Tensor | None, weight_D: Tensor | None, bias_D: Tensor | None, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        return self._norm(program.LAYER_NORM, x, residual, weight_D, bias_D, eps)
+
+    def _norm(
+        self, op: int, x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        x_TD = _rows(x.flatten(0, -2))
+        out_TD, tokens = self.empty(x_TD.shape, x.dtype), self.count(x_TD.shape[0])
+        if residual is None:
+            self.pool.run(program.norm(op, x_TD, None, weight, bias, out_TD, None, eps, tokens))
+            return out_TD.view(x.shape), x
+        residual_TD = _rows(residual.flatten(0, -2))
+        total_TD = self.empty(x_TD.shape, x.dtype)
+        self.pool.run(program.norm(op, x_TD, residual_TD, weight, bias, out_TD, total_TD, eps, tokens))
+        return out_TD.view(x.shape), total_TD.view(x.shape)
+
+    def activation(self, x: Tensor, kind: str) -> Tensor:
+        return self._activation(x, kind, False)
+
+    def gated_activation(self, x: Tensor, kind: str) -> Tensor:
+        return self._activation(x, kind, True)
+
+    def _activation(self, x: Tensor, kind: str, gated: bool) -> Tensor:
+        x_TD = _rows(x.flatten(0, -2))
+        size = x.shape[-1] // 2 if gated else x.shape[-1]
+        out_TD = self.empty((x_TD.shape[0], size), x.dtype)
+        self.pool.run(program.activation(x_TD, out_TD, kind, gated, self.count(x_TD.shape[0])))
+        return out_TD.view(*x.shape[:-1], size)
+
+    def rotary(self, q_THE: Tensor, k_TKE: Tensor, table_2LF: Tensor, positions_T: Tensor) -> tuple[Tensor, Tensor]:
+        q_THE, k_TKE, positions_T = _heads(q_THE), _heads(k_TKE), positions_T.contiguous()
+        q_out, k_out = (self.empty(x.shape, x.dtype) for x in (q_THE, k_TKE))
+        op = program.heads(
+            q_THE, k_TKE, None, self.count(q_THE.shape[0]), table_2LF=table_2LF, positions_T=positions_T,
+            q_out_THE=q_out, k_out_TKE=k_out,
+        )  # fmt: skip
+        self.pool.run(op)
+        return q_out, k_out
+
+    def attention(
+        self,
+        q_THE: Tensor,
+        k_TKE: Tensor,
+        v_TKE: Tensor,
+        kv: Tensor,
+        group: GroupMeta,
+        meta: AttentionMeta,
+        scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
+        slopes_H: Tensor | None = None,
+    ) -> Tensor:
+        if kv.dtype != q_THE.dtype or not kv[0].is_contiguous():
+            return reference.attention(q_THE, k_TKE, v_TKE, kv, group, meta, scale, window, softcap, slopes_H)
+        q_THE, k_TKE, v_TKE = _heads(q_THE), _heads(k_TKE), _heads(v_TKE)
+        out_THE = self.empty(q_THE.shape, q_THE.dtype)
+        rows = meta.lengths_R.shape[0]
+        if slopes_H is not None:
+            slopes_H = slopes_H.float().contiguous()
+        slots_T, tables_RP = group.slots_T.contiguous(), _rows(group.block_tables_RP)
+        write = program.heads(None, k_TKE, v_TKE, self.count(k_TKE.shape[0]), slots_T=slots_T, kv=kv)
+        attend = program.attention(
+            q_THE, kv, tables_RP, meta.lengths_R, meta.cu_q, out_THE, self.count(rows), self.count(meta.num_decodes),
+            scale, window, softcap, slopes_H,
+        )  # fmt: skip
+        program.Program((write, attend)).run(self.pool)
+        return out_THE
+
+    def linear(self, x: Tensor, weight_NK: Tensor, bias_N: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:
+        if weight_NK.stride(1) != 1 or x.numel() == 0:
+            return torch_linear(x, weight_NK, bias_N, dtype)
+        x_TK = _rows(x.flatten(0, -2))
+        out_TN = self.empty((x_TK.shape[0], weight_NK.shape[0]), dtype or x.dtype)
+        self.pool.run(program.linear(x_TK, weight_NK, bias_N, out_TN, self.count(x_TK.shape[0])))
+        return out_TN.view(*x.shape[:-1], weight_NK.shape[0])
+
+    def embedding(self, ids_T: Tensor, table_VD: Tensor, offset: int) -> Tensor:
+        out_TD = self.empty((ids_T.shape[0], table_VD.shape[1]), table_VD.dtype)
+        self.pool.run(program.gather(ids_T, table_VD, out_TD, self.count(ids_T.shape[0]), offset))
+        return out_TD

@@ -1,0 +1,163 @@
+"""Operations of the native library from tensors: one function for each op code, and `Program`, a list of them.
+
+Owns: how tensors become pointers, strides and counts (csrc/cpu/quire.h says what each field means). Knows no modules.
+An operation holds raw pointers: the caller keeps the tensors alive. Counts are numbers, or `dim(k)` for entry k of the
+`Dims` that a program runs with.
+
+Shape legend: T tokens, D features, N outputs, K inputs or KV heads, H query heads, E head size, S rows, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from quire.ops.native.library import Dims, Operation, Pool
+
+NOP, LINEAR, RMS_NORM, LAYER_NORM, ACTIVATION, GATHER, ADD, HEADS, ATTENTION, ARGMAX = range(10)
+GATED, SOLO = 1 << 16, 1 << 17
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+_GELU_TANH = ("gelu_new", "gelu_fast", "gelu_accurate", "gelu_pytorch_tanh", "gelu_python_tanh")
+KINDS = {
+    "linear": 0, "silu": 1, "swish": 1, "gelu": 2, "gelu_python": 2, **dict.fromkeys(_GELU_TANH, 3), "quick_gelu": 4,
+    "relu": 5, "relu2": 6, "relu6": 7, "tanh": 8, "sigmoid": 9,
+}  # fmt: skip
+
+# An operation on fewer numbers than this runs on the calling thread: waking another costs more than it saves.
+SMALL = 1 << 13
+
+
+def dim(k: int) -> int:
+    """A count that is read from entry `k` of the `Dims` at run time."""
+    return -1 - k
+
+
+def make(
+    op: int, flags: int, pointers: Sequence[Tensor | None], ints: Sequence[int], floats: Sequence[float] = ()
+) -> Operation:
+    made = Operation(op, flags)
+    p = made.p
+    for n, tensor in enumerate(pointers):
+        if tensor is not None:
+            p[n] = tensor.data_ptr()
+    made.i[: len(ints)] = ints
+    if floats:
+        made.f[: len(floats)] = floats
+    return made
+
+
+def stride(x: Tensor | None) -> int:
+    return 0 if x is None else x.stride(0)
+
+
+def _small(tokens: int, width: int) -> int:
+    return SOLO if 0 <= tokens * width < SMALL else 0
+
+
+def linear(
+    x_TK: Tensor, weight_NK: Tensor, bias_N: Tensor | None, out_TN: Tensor, tokens: int, kind: str = "linear",
+    gated: bool = False, add_TN: Tensor | None = None,
+) -> Operation:  # fmt: skip
+    """out = kind(x W^T + bias) + add; `gated`: W has 2N rows, out = kind(first N outputs) * last N."""
+    flags = TYPES[x_TK.dtype] | TYPES[out_TN.dtype] << 8 | KINDS[kind] << 12 | (GATED if gated else 0)
+    outputs, inputs = weight_NK.shape
+    ints = (tokens, outputs // 2 if gated else outputs, inputs, stride(x_TK), stride(weight_NK), stride(out_TN),
+            stride(add_TN))  # fmt: skip
+    return make(LINEAR, flags | _small(1, inputs * outputs), (x_TK, weight_NK, bias_N, out_TN, add_TN), ints)
+
+
+def norm(
+    op: int, x_TD: Tensor, residual_TD: Tensor | None, weight_D: Tensor | None, bias_D: Tensor | None, out_TD: Tensor,
+    total_TD: Tensor | None, eps: float, tokens: int,
+) -> Operation:  # fmt: skip
+    """total = x + residual; out = norm(total). `total` is needed where there is a residual, and may be the residual."""
+    size = x_TD.shape[-1]
+    ints = (tokens, size, stride(x_TD), stride(residual_TD), stride(out_TD), stride(total_TD))
+    pointers = (x_TD, residual_TD, weight_D, out_TD, total_TD, bias_D)
+    return make(op, TYPES[x_TD.dtype] | _small(tokens, size), pointers, ints, (eps,))
+
+
+def head_norm(x_THD: Tensor, weight_D: Tensor | None, out_THD: Tensor, eps: float, tokens: int) -> Operation:
+    """RMSNorm of each head."""
+    heads, size = x_THD.shape[1:]
+    ints = (tokens, size, stride(x_THD), 0, stride(out_THD), 0, heads, x_THD.stride(1), out_THD.stride(1))
+    flags = TYPES[x_THD.dtype] | _small(tokens, size * heads)
+    return make(RMS_NORM, flags, (x_THD, None, weight_D, out_THD), ints, (eps,))
+
+
+def activation(x_TD: Tensor, out_TD: Tensor, kind: str, gated: bool, tokens: int) -> Operation:
+    """out = kind(x), `gated`: kind(first half) * second half."""
+    size = out_TD.shape[1]
+    flags = TYPES[x_TD.dtype] | KINDS[kind] << 12 | (GATED if gated else 0) | _small(tokens, 4 * size)
+    return make(ACTIVATION, flags, (x_TD, out_TD), (tokens, size, stride(x_TD), stride(out_TD)))
+
+
+def gather(
+    ids_T: Tensor, table_VD: Tensor, out_TD: Tensor, tokens: int, offset: int = 0, add_TD: Tensor | None = None
+) -> Operation:
+    """out = table[ids + offset] + add."""
+    rows, size = table_VD.shape
+    ints = (tokens, size, rows, stride(table_VD), stride(out_TD), offset, stride(add_TD))
+    return make(GATHER, TYPES[table_VD.dtype] | _small(tokens, size), (ids_T, table_VD, out_TD, add_TD), ints)
+
+
+def add(a_TD: Tensor, b_TD: Tensor, out_TD: Tensor, tokens: int) -> Operation:
+    size = a_TD.shape[1]
+    ints = (tokens, size, stride(a_TD), stride(b_TD), stride(out_TD))
+    return make(ADD, TYPES[a_TD.dtype] | _small(tokens, size), (a_TD, b_TD, out_TD), ints)
+
+
+def heads(
+    q_THE: Tensor | None, k_TKE: Tensor | None, v_TKE: Tensor | None, tokens: int, *, table_2LF: Tensor | None = None,
+    positions_T: Tensor | None = None, slots_T: Tensor | None = None, kv: Tensor | None = None,
+    q_out_THE: Tensor | None = None, k_out_TKE: Tensor | None = None, q_norm_E: Tensor | None = None,
+    k_norm_E: Tensor | None = None, eps: float = 0.0,
+) -> Operation:  # fmt: skip
+    """Head norm, rotation and KV write (kv: (2, N, B, K, E)), each where its tensors are given."""
+    some = next(x for x in (q_THE, k_TKE, v_TKE) if x is not None)
+    h_q = 0 if q_THE is None else q_THE.shape[1]
+    h_kv = next((x.shape[1] for x in (k_TKE, v_TKE) if x is not None), 0)
+    length, half = (0, 0) if table_2LF is None else table_2LF.shape[1:]
+    ints = (tokens, h_q, h_kv, some.shape[2], half, length, stride(q_THE), stride(k_TKE), stride(v_TKE),
+            stride(q_out_THE), stride(k_out_TKE), 0 if kv is None else kv.stride(2))  # fmt: skip
+    keys, values = (None, None) if kv is None else (kv[0], kv[1])
+    pointers = (q_THE, k_TKE, v_TKE, table_2LF, positions_T, slots_T, keys, values, q_out_THE, k_out_TKE, q_norm_E,
+                k_norm_E)  # fmt: skip
+    flags = TYPES[some.dtype] | _small(tokens, (h_q + 2 * h_kv) * some.shape[2])
+    return make(HEADS, flags, pointers, ints, (eps,))
+
+
+def attention(
+    q_THE: Tensor, kv: Tensor, block_tables_RP: Tensor, lengths_R: Tensor, cu_q: Tensor, out_THE: Tensor, rows: int,
+    decodes: int, scale: float, window: int | None = None, softcap: float | None = None, slopes_H: Tensor | None = None,
+) -> Operation:  # fmt: skip
+    """Attention of `rows` rows, the first `decodes` of one token each, over pages (2, N, B, K, E)."""
+    _, _, block, kv_heads, size = kv.shape
+    ints = (rows, decodes, q_THE.shape[1], kv_heads, size, block, stride(block_tables_RP), stride(q_THE),
+            stride(out_THE), kv.stride(2), window or 0)  # fmt: skip
+    pointers = (q_THE, kv[0], kv[1], block_tables_RP, lengths_R, cu_q, out_THE, slopes_H)
+    return make(ATTENTION, TYPES[q_THE.dtype], pointers, ints, (scale, softcap or 0.0))
+
+
+def argmax(x_SV: Tensor, index_S: Tensor, value_S: Tensor | None, rows: int) -> Operation:
+    """Index (int64) and value (float32) of the largest number of each row, as `ops.sampling.draw_greedy`."""
+    flags = TYPES[x_SV.dtype] | _small(rows, x_SV.shape[1])
+    return make(ARGMAX, flags, (x_SV, index_S, value_S), (rows, x_SV.shape[1], stride(x_SV)))
+
+
+class Program:
+    """Operations in order over fixed buffers, recorded once and run with the sizes of each step."""
+
+    def __init__(self, operations: Sequence[Operation]) -> None:
+        self._operations = (Operation * len(operations))(*operations)
+        self._count = len(operations)
+        self.dims = Dims()
+
+    def __len__(self) -> int:
+        return self._count
+
+    def run(self, pool: Pool) -> None:
+        pool.run(self._operations, self._count, self.dims)

@@ -1,0 +1,148 @@
+"""Native attention against the reference, over batches drawn at random."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from quire.ops.attention import AttentionMeta, GroupMeta, attention
+from quire.ops.native.kernels import Kernels
+
+BOUNDS = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+Of = Callable[[int], Kernels]
+
+
+@dataclass
+class World:
+    """A ragged batch in pages; what was never written is NaN."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    kv: Tensor
+    group: GroupMeta
+    meta: AttentionMeta
+
+    @classmethod
+    def make(
+        cls, seed: int, rows: list[tuple[int, int]], heads: tuple[int, int], size: int, block: int, dtype: torch.dtype
+    ) -> World:
+        """`rows`: (length, new tokens); a row of length 0 is padding and has one token without a slot."""
+        g = torch.Generator().manual_seed(seed)
+        pages = [-(-length // block) for length, _ in rows]
+        kv = torch.full((2, sum(pages) + 2, block, heads[1], size), torch.nan)
+        order = torch.randperm(sum(pages) + 2, generator=g).tolist()
+        width = max([*pages, 1])
+        tables = torch.full((len(rows), width + 1), -1, dtype=torch.int32)
+        slots: list[int] = []
+        for r, (length, count) in enumerate(rows):
+            own = [order.pop() for _ in range(pages[r])]
+            tables[r, : len(own)] = torch.tensor(own, dtype=torch.int32)
+            where = [own[i // block] * block + i % block for i in range(length)]
+            old = torch.tensor(where[: max(0, length - count)], dtype=torch.int64)
+            for flat in (kv[0].view(-1, heads[1], size), kv[1].view(-1, heads[1], size)):
+                flat[old] = torch.randn(len(old), heads[1], size, generator=g)
+            slots += where[length - count :] if length else [-1] * count
+        counts, total = [c for _, c in rows], sum(c for _, c in rows)
+        wide = torch.randn(total, (heads[0] + 2 * heads[1]) * size, generator=g).to(dtype)
+        q, k, v = (x.unflatten(-1, (-1, size)) for x in wide.split([heads[0] * size, *[heads[1] * size] * 2], -1))
+        group = GroupMeta(tables, torch.tensor(slots, dtype=torch.int64))
+        meta = AttentionMeta(
+            cu_q=torch.tensor([0, *counts]).cumsum(0).int(),
+            lengths_R=torch.tensor([n for n, _ in rows], dtype=torch.int32),
+            q_lens=counts,
+            max_q=max([*counts, 1]),
+            max_len=width * block,
+            num_decodes=next((i for i, c in enumerate(counts) if c != 1), len(counts)),
+            groups=(group,),
+            kv_lens=[n for n, _ in rows],
+        )
+        return cls(q, k, v, kv.to(dtype), group, meta)
+
+    def check(self, kernels: Kernels, **rule: Any) -> Tensor:
+        kv = self.kv.clone()
+        expected = attention(self.q, self.k, self.v, self.kv, self.group, self.meta, **rule)
+        got = kernels.attention(self.q, self.k, self.v, kv, self.group, self.meta, **rule)
+        assert torch.equal(kv.nan_to_num(7.0), self.kv.nan_to_num(7.0)), "what was written to the cache"
+        spread = max(1.0, expected.float().abs().max().item()) if expected.numel() else 1.0
+        error = (got.float() - expected.float()).abs().max().item() / spread if expected.numel() else 0.0
+        assert error <= BOUNDS[self.q.dtype], error
+        return got
+
+
+@st.composite
+def batches(draw: st.DrawFn) -> dict[str, Any]:
+    kv_heads, group = draw(st.integers(1, 4)), draw(st.integers(1, 9))
+    longest = draw(st.sampled_from([3, 40, 700, 1500]))
+    decodes = draw(st.lists(st.integers(0, longest), max_size=9))
+    chunks = draw(st.lists(st.tuples(st.integers(0, longest), st.integers(1, 150)), max_size=3))
+    if not decodes and not chunks:
+        decodes = [1]
+    return {
+        "seed": draw(st.integers(0, 9)),
+        "rows": [(n, 1) for n in decodes] + [(n + count, count) for n, count in chunks],
+        "heads": (kv_heads * group, kv_heads),
+        "size": draw(st.sampled_from([1, 2, 6, 16, 33, 64, 80, 100, 128])),
+        "block": draw(st.sampled_from([1, 2, 7, 16, 64])),
+        "dtype": draw(st.sampled_from(list(BOUNDS))),
+    }
+
+
+RULES = st.fixed_dictionaries(
+    {"scale": st.sampled_from([0.05, 0.2])},
+    optional={"window": st.sampled_from([1, 3, 64, 600, 4000]), "softcap": st.sampled_from([1.5, 30.0])},
+)
+
+
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(batch=batches(), rule=RULES, alibi=st.booleans(), threads=st.integers(1, 3))
+def test_equals_the_reference(
+    kernels: Of, batch: dict[str, Any], rule: dict[str, Any], alibi: bool, threads: int
+) -> None:
+    heads = batch["heads"][0]
+    slopes = torch.arange(1, heads + 1) / heads if alibi else None
+    World.make(**batch).check(kernels(threads), **rule, slopes_H=slopes)
+
+
+def test_a_token_depends_on_no_neighbour(kernels: Of) -> None:
+    """The same bits alone (split over threads) and in a crowd (a row at a time)."""
+    rows = [(1300, 1), (17, 1), (513, 1), *[(40 + i, 1) for i in range(30)]]
+    crowd = World.make(3, rows, (6, 2), 64, 16, torch.bfloat16)
+    together = crowd.check(kernels(2), scale=0.125)
+    for r in range(3):
+        meta, group = crowd.meta, crowd.group
+        alone = AttentionMeta(
+            torch.tensor([0, 1], dtype=torch.int32), meta.lengths_R[r : r + 1], [1], 1, meta.max_len, 1, (group,), None
+        )
+        one = GroupMeta(group.block_tables_RP[r : r + 1], group.slots_T[r : r + 1])
+        part = slice(r, r + 1)
+        for threads in (1, 2, 3):
+            got = kernels(threads).attention(
+                crowd.q[part], crowd.k[part], crowd.v[part], crowd.kv.clone(), one, alone, 0.125
+            )
+            assert torch.equal(got, together[part])
+
+
+def test_nan_is_not_lost(kernels: Of) -> None:
+    for count in (1, 20):
+        world = World.make(1, [(50, count)], (4, 2), 16, 16, torch.float32)
+        world.k[-1, 1] = math.nan
+        out = kernels(2).attention(world.q, world.k, world.v, world.kv, world.group, world.meta, 0.3)
+        assert out[-1, 2:].isnan().all() and not out[-1, :2].isnan().any()
+
+
+def test_a_wrong_page_shows(kernels: Of) -> None:
+    """A negative control: the comparison is not blind."""
+    world = World.make(5, [(40, 1), (60, 30)], (4, 2), 32, 8, torch.bfloat16)
+    tables = world.group.block_tables_RP
+    got = world.check(kernels(2), scale=0.3)
+    tables[1, :2] = tables[1, :2].flip(0)
+    swapped = kernels(2).attention(world.q, world.k, world.v, world.kv, world.group, world.meta, 0.3, window=30)
+    assert not torch.allclose(got.float(), swapped.float(), atol=0.1)

@@ -1,0 +1,226 @@
+"""Native norms, activations, rotary, linear layers and argmax against their references, at each level."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from quire.ops import activation as activations
+from quire.ops import norm, rotary
+from quire.ops.activation import ACTIVATIONS
+from quire.ops.dispatch import Case
+from quire.ops.native import kernels as native
+from quire.ops.native import program
+from quire.ops.native.kernels import Kernels
+from quire.ops.sampling import draw_greedy
+
+Of = Callable[[int], Kernels]
+# Largest error over the largest magnitude: two units in the last place of the type, and float32's own sums.
+BOUNDS = {torch.float32: 3e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
+DTYPES = st.sampled_from(list(BOUNDS))
+EXAMPLES = settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+SIZES = st.one_of(st.integers(1, 70), st.sampled_from([100, 576, 2047, 2048, 2050]))
+
+
+def close(got: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
+    spread = max(1e-3, expected.float().abs().max().item())
+    return (got.float() - expected.float()).abs().max().item() <= BOUNDS[dtype] * spread
+
+
+def randn(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+@EXAMPLES
+@given(tokens=st.integers(1, 40), size=SIZES, dtype=DTYPES, residual=st.booleans(), threads=st.integers(1, 3))
+def test_norms(kernels: Of, tokens: int, size: int, dtype: torch.dtype, residual: bool, threads: int) -> None:
+    x, w, b = randn(tokens, size, dtype=dtype), randn(size, dtype=dtype, seed=1), randn(size, dtype=dtype, seed=2)
+    r = randn(tokens, size, dtype=dtype, seed=3) if residual else None
+    k = kernels(threads)
+    pairs = [
+        (k.rms_norm(x, r, w, 1e-5), norm.rms_norm(x, r, w, 1e-5)),
+        (k.layer_norm(x, r, w, b, 1e-5), norm.layer_norm(x, r, w, b, 1e-5)),
+        (k.layer_norm(x, r, None, None, 1e-5), norm.layer_norm(x, r, None, None, 1e-5)),
+    ]
+    for (got, got_total), (expected, total) in pairs:
+        assert torch.equal(got_total, total), "the residual stream is the same to the bit"
+        assert size == 1 or close(got, expected, dtype), "of one number a LayerNorm is nothing but rounding"
+
+
+@EXAMPLES
+@given(tokens=st.integers(1, 9), heads=st.integers(1, 5), size=st.integers(1, 140), dtype=DTYPES)
+def test_head_norm_of_a_view(kernels: Of, tokens: int, heads: int, size: int, dtype: torch.dtype) -> None:
+    wide = randn(tokens, 2 * heads, size, dtype=dtype)
+    x, w = wide[:, heads:], randn(size, dtype=dtype, seed=1)
+    assert close(kernels(2).rms_norm(x, None, w, 1e-6)[0], norm.rms_norm(x, None, w, 1e-6)[0], dtype)
+
+
+@EXAMPLES
+@given(tokens=st.integers(1, 20), size=SIZES, dtype=DTYPES, kind=st.sampled_from(sorted(program.KINDS)))
+def test_activations(kernels: Of, tokens: int, size: int, dtype: torch.dtype, kind: str) -> None:
+    x = randn(tokens, 2 * size, dtype=dtype) * 5
+    k = kernels(2)
+    assert close(k.activation(x, kind), activations.activation(x, kind), dtype)
+    assert close(k.gated_activation(x, kind), activations.gated_activation(x, kind), dtype)
+
+
+def test_every_activation_has_a_kernel() -> None:
+    assert set(program.KINDS) == set(ACTIVATIONS)
+
+
+@pytest.mark.parametrize("kind", sorted(program.KINDS))
+def test_activations_at_the_ends(kernels: Of, kind: str) -> None:
+    x = torch.tensor([[-math.inf, -1e30, -200.0, -90.0, -0.0, 0.0, 1e-30, 90.0, 200.0, 1e30, math.inf, math.nan]])
+    got, expected = kernels(1).activation(x, kind), activations.activation(x, kind)
+    finite = expected.isfinite() & x.isfinite()
+    assert torch.allclose(got[finite], expected[finite], rtol=3e-6, atol=1e-6)
+    assert got[0, -1].isnan()
+
+
+@EXAMPLES
+@given(
+    tokens=st.integers(1, 30), heads=st.integers(1, 6), kv=st.integers(1, 3), half=st.integers(1, 40),
+    rest=st.integers(0, 20), dtype=DTYPES,
+)  # fmt: skip
+def test_rotary(kernels: Of, tokens: int, heads: int, kv: int, half: int, rest: int, dtype: torch.dtype) -> None:
+    size = 2 * half + rest
+    qk = randn(tokens, heads + kv, size, dtype=dtype)
+    q, k = qk[:, :heads], qk[:, heads:]
+    table = torch.randn(2, 50, half)
+    positions = torch.randint(0, 50, (tokens,))
+    for got, expected in zip(
+        kernels(2).rotary(q, k, table, positions), rotary.rotary(q, k, table, positions), strict=True
+    ):
+        assert close(got, expected, dtype)
+
+
+@EXAMPLES
+@given(tokens=st.integers(1, 9), half=st.integers(1, 33), dtype=DTYPES, block=st.integers(1, 5), data=st.data())
+def test_heads_do_all_at_once(
+    kernels: Of, tokens: int, half: int, dtype: torch.dtype, block: int, data: st.DataObject
+) -> None:
+    """Head norm, rotation and KV write as one operation, from views of one buffer, q in place."""
+    heads, kv_heads, size, blocks = 4, 2, 2 * half, 6
+    wide = randn(tokens, (heads + 2 * kv_heads) * size, dtype=dtype)
+    q, k, v = (x.unflatten(-1, (-1, size)) for x in wide.split([heads * size, kv_heads * size, kv_heads * size], -1))
+    q_norm, k_norm = randn(size, dtype=dtype, seed=1), randn(size, dtype=dtype, seed=2)
+    table, positions = torch.randn(2, 99, half), torch.randint(0, 99, (tokens,))
+    places = st.permutations(range(blocks * block))
+    slots = torch.tensor([*data.draw(places)[:tokens], *[-1] * tokens][:tokens])
+    kv = torch.zeros(2, blocks, block, kv_heads, size, dtype=dtype)
+    normed = (norm.rms_norm(q, None, q_norm, 1e-5)[0], norm.rms_norm(k, None, k_norm, 1e-5)[0])
+    expected_q, expected_k = rotary.rotary(*normed, table, positions)
+    expected_v = v.clone()
+    op = program.heads(
+        q, k, v, tokens, table_2LF=table, positions_T=positions, slots_T=slots, kv=kv, q_out_THE=q, q_norm_E=q_norm,
+        k_norm_E=k_norm, eps=1e-5,
+    )  # fmt: skip
+    kernels(3).pool.run(op)
+    assert close(q, expected_q, dtype)
+    written = slots >= 0
+    assert close(kv[0].flatten(0, 1)[slots[written]], expected_k[written], dtype)
+    assert torch.equal(kv[1].flatten(0, 1)[slots[written]], expected_v[written])
+    untouched = torch.ones(blocks * block, dtype=torch.bool)
+    untouched[slots[written]] = False
+    assert not kv.flatten(1, 2)[:, untouched].any()
+
+
+@EXAMPLES
+@given(
+    tokens=st.one_of(st.integers(1, 20), st.sampled_from([63, 64, 65, 130, 300])), outputs=SIZES, inputs=SIZES,
+    dtype=DTYPES, kind=st.sampled_from(["linear", "silu", "gelu", "relu2"]), gated=st.booleans(), bias=st.booleans(),
+    plus=st.booleans(), wide=st.booleans(), threads=st.integers(1, 3),
+)  # fmt: skip
+def test_linear(
+    kernels: Of, tokens: int, outputs: int, inputs: int, dtype: torch.dtype, kind: str, gated: bool, bias: bool,
+    plus: bool, wide: bool, threads: int,
+) -> None:  # fmt: skip
+    rows = 2 * outputs if gated else outputs
+    x = randn(tokens, inputs + 3, dtype=dtype)[:, :inputs]
+    weight = (randn(rows, inputs, dtype=torch.float32, seed=1) / inputs**0.5).to(dtype)
+    b = randn(rows, dtype=dtype, seed=2) if bias else None
+    add = randn(tokens, outputs, dtype=dtype, seed=3) if plus else None
+    out = torch.full((tokens, outputs + 5), 7.0, dtype=torch.float32 if wide else dtype)
+    kernels(threads).pool.run(program.linear(x, weight, b, out[:, :outputs], tokens, kind, gated, add))
+    expected = F.linear(x.double(), weight.double(), None if b is None else b.double())
+    if gated:
+        expected = ACTIVATIONS[kind](expected[:, :outputs]) * expected[:, outputs:]
+    else:
+        expected = ACTIVATIONS[kind](expected)
+    if add is not None:
+        expected = expected + add
+    assert close(out[:, :outputs], expected, dtype)
+    assert (out[:, outputs:] == 7.0).all()
+
+
+@EXAMPLES
+@given(rows=st.integers(1, 40), vocab=st.one_of(st.integers(1, 300), st.just(9000)), dtype=DTYPES, data=st.data())
+def test_argmax_is_the_greedy_draw(kernels: Of, rows: int, vocab: int, dtype: torch.dtype, data: st.DataObject) -> None:
+    seed = data.draw(st.integers(0, 5))
+    x = randn(rows, vocab, dtype=dtype, seed=seed).mul(data.draw(st.sampled_from([1, 0]))).clone()
+    for value in data.draw(st.lists(st.sampled_from([math.nan, math.inf, -math.inf, 9.0]), max_size=4)):
+        x[data.draw(st.integers(0, rows - 1)), data.draw(st.integers(0, vocab - 1))] = value
+    index, best = torch.empty(rows, dtype=torch.int64), torch.empty(rows)
+    kernels(3).pool.run(program.argmax(x, index, best, rows))
+    expected_index, expected = draw_greedy(x.float())
+    assert torch.equal(index, expected_index)
+    assert torch.equal(best.nan_to_num(123.0), expected.nan_to_num(123.0))
+
+
+@EXAMPLES
+@given(tokens=st.integers(1, 20), size=SIZES, dtype=DTYPES)
+def test_gather_and_add(kernels: Of, tokens: int, size: int, dtype: torch.dtype) -> None:
+    table, more = randn(11, size, dtype=dtype), randn(tokens, size, dtype=dtype, seed=1)
+    ids = torch.randint(0, 9, (tokens,))
+    out, plus, both = (torch.empty(tokens, size, dtype=dtype) for _ in range(3))
+    pool = kernels(2).pool
+    pool.run(program.gather(ids, table, out, tokens, offset=2))
+    pool.run(program.gather(ids, table, plus, tokens, offset=2, add_TD=more))
+    pool.run(program.add(out, more, both, tokens))
+    assert torch.equal(out, table[ids + 2])
+    assert torch.equal(plus, table[ids + 2] + more)
+    assert torch.equal(both, plus)
+    ids[0] = 10_000
+    pool.run(program.gather(ids, table, out, tokens))
+    assert not out[0].any(), "an id beyond the table reads nothing"
+
+
+def test_a_program_reads_its_sizes_when_it_runs(kernels: Of) -> None:
+    """One recording over buffers of 16 tokens serves any number of them, and touches no more."""
+    x, w = torch.randn(16, 24), torch.randn(32, 24)
+    hidden, out = torch.zeros(16, 32), torch.zeros(16, 32)
+    recorded = program.Program(
+        [program.linear(x, w, None, hidden, program.dim(0)), program.activation(hidden, out, "silu", False, -1)]
+    )
+    for tokens in (1, 5, 16, 3):
+        hidden.zero_()
+        out.zero_()
+        recorded.dims.n[0] = tokens
+        recorded.run(kernels(2).pool)
+        assert torch.allclose(out[:tokens], F.silu(F.linear(x[:tokens], w)), atol=1e-4)
+        assert not out[tokens:].any() and not hidden[tokens:].any()
+
+
+def test_unknown_operations_are_refused(kernels: Of) -> None:
+    with pytest.raises(RuntimeError, match="cannot run"):
+        kernels(1).pool.run(program.make(99, 0, (), ()))
+
+
+def test_reasons() -> None:
+    cuda = Case(torch.device("cuda"), torch.float32)
+    double = Case(torch.device("cpu"), torch.float64)
+    assert "CPU" in str(native.refusal(cuda)) and "float64" in str(native.refusal(double))
+
+
+def test_without_the_library_everything_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "load", lambda: "the native library is not built: gone")
+    case = Case(torch.device("cpu"), torch.float32, {"kind": "silu", "num_heads": 4, "num_kv_heads": 2})
+    for supports in (native.refusal, native.supports_activation, native.supports_attention, native.supports_linear):
+        assert supports(case) == "the native library is not built: gone"
