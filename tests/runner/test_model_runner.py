@@ -11,6 +11,7 @@ import torch
 from quire.runner import model_runner
 from quire.runner.kv_store import KVStore
 from quire.runner.model_runner import ModelRunner
+from quire.runner.replay import NoReplay
 from quire.runner.sampler import Sampler
 from quire.runner.table import RequestTable
 from quire.types.kv import KVGroup
@@ -48,7 +49,8 @@ class Rig:
         self.model = Formula()
         self.store = KVStore(tiny_arch(2), GROUPS, 8, 4, 4, torch.float32, device)
         self.table = RequestTable(5, 32, 4, 1, sampler, device)
-        self.runner = ModelRunner(self.model, self.store, self.table, sampler, device, 2)  # type: ignore[arg-type]
+        model: Any = self.model
+        self.runner = ModelRunner(model, self.store, self.table, sampler, NoReplay(), device, 2)
 
     def run(self, plan: Plan) -> StepResult:
         return self.runner.submit(plan).result()

@@ -16,6 +16,7 @@ from quire.models.base import CausalLM
 from quire.runner import batch as batches
 from quire.runner.batch import Batch
 from quire.runner.kv_store import KVStore
+from quire.runner.replay import Replay, Replayed
 from quire.runner.sampler import Sampled, Sampler
 from quire.runner.table import RequestTable
 from quire.runner.upload import make_upload
@@ -44,25 +45,37 @@ class ModelRunner:
     """`depth`: how many plans may be in flight."""
 
     def __init__(
-        self, model: CausalLM, store: KVStore, table: RequestTable, sampler: Sampler, device: torch.device, depth: int
+        self,
+        model: CausalLM,
+        store: KVStore,
+        table: RequestTable,
+        sampler: Sampler,
+        replay: Replay,
+        device: torch.device,
+        depth: int,
     ) -> None:
         self._model = model
         self._store = store
         self._table = table
         self._sampler = sampler
         self._upload = make_upload(device, depth)
+        self._replay = replay
 
     @torch.inference_mode()
     def submit(self, plan: Plan) -> Pending:
         """Start a step; returns before the device is done."""
         table, upload = self._table, self._upload
+        replayed = self._replay.takes(plan) and not self._wants_prompt_logprobs(plan)
         table.stage(plan, upload)
-        batches.stage(plan, upload)
+        if not replayed:
+            batches.stage(plan, upload)
         upload.send()
         table.apply(plan, upload)
         self._store.move(plan.swap_out, plan.swap_in, plan.copies)
         if not len(plan.rows):
             return Pending(plan.number, None, ())
+        if replayed:
+            return Pending(plan.number, self._sample_replayed(plan, self._replay.run(plan)), ())
         batch = batches.build(plan, upload, table, self._store.layers)
         hidden_TD = self._model(batch.tokens_T, batch.step.positions_T, batch.step)
         table.length_R[batch.rows_R] = batch.lengths_R
@@ -80,6 +93,27 @@ class ModelRunner:
         table.last_R[rows_S] = sampled.tokens_S
         table.length_R[rows_S] = length_S
         return sampled
+
+    def _sample_replayed(self, plan: Plan, done: Replayed) -> Sampled | None:
+        if not len(plan.sample_rows):
+            return None
+        table, rows = self._table, plan.sample_rows
+        length_S = torch.from_numpy(done.lengths_S)
+        if table.sampling.needs[rows].any():
+            sampled = self._sampler(done.logits_SV, rows, length_S, table.sampling)
+        else:
+            sampled = self._sampler.greedy(done.tokens_S, done.top_S)
+        table.sampling.append(rows, sampled.tokens_S)
+        table.last_R.numpy()[rows] = sampled.tokens_S.numpy()
+        table.length_R.numpy()[rows] = done.lengths_S
+        return sampled
+
+    def _wants_prompt_logprobs(self, plan: Plan) -> bool:
+        if not len(plan.tokens):
+            return False
+        known = (self._table.sampling.params[row] for row in plan.rows.tolist())
+        new = (row.params for row in plan.new_rows)
+        return any(params is not None and params.prompt_logprobs is not None for params in (*known, *new))
 
     def _prompt_logprobs(self, plan: Plan, hidden_TD: Tensor) -> list[PromptLogprobs]:
         """Of rows that ask for them: each position of a chunk gives the logprobs of the prompt token after it."""

@@ -208,6 +208,10 @@ class Sampler:
             lines.append(_Lines(at, *token_logprobs(x_GV, tokens_S[index], self._top(top, len(at)), self._normalise)))
         return self._sampled(tokens_S, top_S, failed, lines)
 
+    def greedy(self, tokens_S: Tensor, top_S: Tensor) -> Sampled:
+        """A draw that was made already, by an argmax (on the host)."""
+        return self._sampled(tokens_S, top_S, [], [])
+
     def prompt_logprobs(self, logits_LV: Tensor, row: int, start: int, state: SamplingState) -> PromptLogprobs:
         """Logprobs of the prompt tokens at indices start .. start+L-1 of `row`; `logits_LV[i]` (float32) predicts token
         start + i. They are raw whatever the mode: prompt tokens were not drawn. Waits for the device."""

@@ -18,6 +18,7 @@ from quire.runner import memory
 from quire.runner.kv_store import KVStore
 from quire.runner.logits import load_processors
 from quire.runner.model_runner import ModelRunner, Pending
+from quire.runner.replay import make_replay
 from quire.runner.sampler import Sampler
 from quire.runner.table import RequestTable
 from quire.types.errors import ClientError
@@ -38,7 +39,7 @@ class Worker:
             torch.cuda.set_device(self.device)
         arch, size = config.model.arch, config.cache.block_size
         dtype = DTYPES[config.model.dtype]
-        self.ops = Binder(self.device, dtype)
+        self.ops = Binder(self.device, dtype, config.device.ops)
         model = cast(CausalLM, load_model(config, self.device, self.ops))
         processors = load_processors(config.model.logits_processors, arch.vocab_size, self.device)
         sampler = Sampler(
@@ -58,7 +59,8 @@ class Worker:
         table = RequestTable(
             config.scheduler.max_num_seqs, config.model.max_model_len, size, len(self.kv_groups), sampler, self.device
         )
-        self._runner = ModelRunner(model, store, table, sampler, self.device, config.scheduler.depth)
+        replay = make_replay(model, table, store, self.device, config.model.enforce_eager)
+        self._runner = ModelRunner(model, store, table, sampler, replay, self.device, config.scheduler.depth)
 
     def submit(self, plan: Plan) -> Pending:
         """Start a step; the result may be waited for later."""

@@ -1,0 +1,165 @@
+"""Small steps on a CPU as one native call: the whole forward, recorded once, over buffers that stay where they are.
+
+Owns: those buffers, what goes into them for a plan, and when a plan is small enough. Python costs a few microseconds an
+operation, which over thirty layers is more than a small model computes; a recorded step costs it once.
+Shape legend: T tokens, R rows of the step, S sampled rows, P pages of a row, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from quire.layers.step import AttentionMeta, GroupMeta, Step
+from quire.models.base import CausalLM
+from quire.ops.native import program
+from quire.ops.native.bound import kernels
+from quire.ops.native.library import Pool, load
+from quire.ops.native.recorder import Recorder, Unrecordable, record
+from quire.runner.kv_store import KVStore
+from quire.runner.table import RequestTable
+from quire.types.plan import Plan
+
+log = logging.getLogger(__name__)
+
+MAX_TOKENS = 64
+TOKENS, ROWS, DECODES, SAMPLES = range(4)  # entries of the program's dims
+
+
+@dataclass(frozen=True, slots=True)
+class Replayed:
+    """What a replayed step gives; the next overwrites it. `tokens_S`, `top_S`: the likeliest token of each row and its
+    logit. `lengths_S`: tokens of each sampled row."""
+
+    logits_SV: Tensor
+    tokens_S: Tensor
+    top_S: Tensor
+    lengths_S: NDArray[np.int64]
+
+
+class Replay(Protocol):
+    def takes(self, plan: Plan) -> bool:
+        """Whether `run` can serve the plan; else it runs eagerly."""
+        ...
+
+    def run(self, plan: Plan) -> Replayed:
+        """The forward of a plan whose changes were applied to the table."""
+        ...
+
+
+class NoReplay:
+    """Every step runs eagerly."""
+
+    def takes(self, plan: Plan) -> bool:
+        return False
+
+    def run(self, plan: Plan) -> Replayed:
+        raise AssertionError("no step is recorded")
+
+
+class HostReplay:
+    """Raises `Unrecordable` for models whose forward is not all native."""
+
+    def __init__(self, model: CausalLM, table: RequestTable, store: KVStore, pool: Pool) -> None:
+        # Sizes are told apart by their numbers while recording, so no two may be equal, nor be met by chance.
+        self._max_tokens = self._max_rows = MAX_TOKENS
+        tokens, rows, decodes, samples = MAX_TOKENS + 7, MAX_TOKENS + 11, MAX_TOKENS + 13, MAX_TOKENS + 17
+        sizes = {tokens: TOKENS, rows: ROWS, decodes: DECODES, samples: SAMPLES}
+        self._table = table
+        groups = len(table.pages_RP)
+        pages = table.pages_RP[0].shape[1]
+        self._tokens_T = torch.zeros(tokens, dtype=torch.int64)
+        self._positions_T = torch.zeros(tokens, dtype=torch.int64)
+        self._slots_T = [torch.zeros(tokens, dtype=torch.int64) for _ in range(groups)]
+        self._pages_RP = [torch.zeros((rows, pages), dtype=torch.int32) for _ in range(groups)]
+        self._lengths_R = torch.zeros(rows, dtype=torch.int32)
+        self._cu_q = torch.zeros(rows + 1, dtype=torch.int32)
+        self._last_S = torch.zeros(samples, dtype=torch.int64)
+        self._index_S = torch.zeros(samples, dtype=torch.int64)
+        self._top_S = torch.zeros(samples, dtype=torch.float32)
+        meta = AttentionMeta(
+            cu_q=self._cu_q,
+            lengths_R=self._lengths_R,
+            q_lens=[1] * rows,
+            max_q=tokens,
+            max_len=pages * table.block_size,
+            num_decodes=decodes,
+            groups=tuple(GroupMeta(*pair) for pair in zip(self._pages_RP, self._slots_T, strict=True)),
+        )
+        step = Step(self._positions_T, meta, store.layers)
+
+        def forward(recorder: Recorder) -> Tensor:
+            hidden_TD = model(self._tokens_T, self._positions_T, step)
+            hidden_SD = recorder.empty((samples, hidden_TD.shape[1]), hidden_TD.dtype)
+            recorder.pool.run(program.gather(self._last_S, hidden_TD, hidden_SD, program.dim(SAMPLES)))
+            logits_SV = model.compute_logits(hidden_SD)
+            recorder.pool.run(program.argmax(logits_SV, self._index_S, self._top_S, program.dim(SAMPLES)))
+            return logits_SV
+
+        self._recording = record(model, pool, sizes, forward)
+
+    def takes(self, plan: Plan) -> bool:
+        return 0 < len(plan.rows) <= self._max_rows and int(plan.counts.sum()) <= self._max_tokens
+
+    def run(self, plan: Plan) -> Replayed:
+        num_rows, total = len(plan.rows), int(plan.counts.sum())
+        table = self._table
+        rows, counts = plan.rows, plan.counts
+        lengths = table.length_R.numpy()
+        starts = np.where(plan.upper, lengths[rows], plan.starts) if plan.upper.any() else plan.starts
+        ends = starts + counts
+        decode_only = total == num_rows
+        if decode_only:
+            rows_T, index_T, cu_q = rows, starts, np.arange(num_rows + 1)
+        else:
+            cu_q = np.zeros(num_rows + 1, np.int64)
+            np.cumsum(counts, out=cu_q[1:])
+            row_of = np.repeat(np.arange(num_rows), counts)
+            rows_T, index_T = rows[row_of], starts[row_of] + np.arange(total) - cu_q[row_of]
+        tokens = self._tokens_T.numpy()
+        np.take(table.last_R.numpy(), rows_T, out=tokens[:total])
+        if len(plan.tokens):
+            known = np.diff(plan.token_offsets)
+            row_of = np.repeat(np.arange(num_rows), counts)
+            within = np.arange(total) - cu_q[row_of]
+            tokens[:total][within >= (counts - known)[row_of]] = plan.tokens
+        self._positions_T.numpy()[:total] = index_T + table.offset_R.numpy()[rows_T]
+        size = table.block_size
+        block, offset = index_T // size, index_T % size
+        used = int(ends.max()) // size + 1
+        for pages_RP, slots_T, mine_RP in zip(table.pages_RP, self._slots_T, self._pages_RP, strict=True):
+            pages = pages_RP.numpy()
+            slots_T.numpy()[:total] = pages[rows_T, block].astype(np.int64) * size + offset
+            mine = mine_RP.numpy()
+            mine[:num_rows, :used] = pages[rows, :used]
+        self._lengths_R.numpy()[:num_rows] = ends
+        self._cu_q.numpy()[: num_rows + 1] = cu_q
+        samples = len(plan.sample_rows)
+        self._last_S.numpy()[:samples] = cu_q[plan.sample_index + 1] - 1
+        dims = self._recording.dims
+        dims[TOKENS], dims[ROWS], dims[SAMPLES] = total, num_rows, samples
+        dims[DECODES] = num_rows if decode_only else int(np.argmax(counts != 1))
+        self._recording.run()
+        lengths[rows] = ends
+        lengths_S = ends[plan.sample_index].astype(np.int64)
+        logits_SV = self._recording.outputs
+        return Replayed(logits_SV[:samples], self._index_S[:samples], self._top_S[:samples], lengths_S)
+
+
+def make_replay(
+    model: CausalLM, table: RequestTable, store: KVStore, device: torch.device, enforce_eager: bool
+) -> Replay:
+    """Recorded steps on a CPU with the native library, for models that can be recorded."""
+    if device.type != "cpu" or enforce_eager or isinstance(load(), str):
+        return NoReplay()
+    try:
+        return HostReplay(model, table, store, kernels().pool)
+    except Unrecordable as reason:
+        log.info("steps run operation by operation: %s", reason)
+        return NoReplay()
