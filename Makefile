@@ -4,6 +4,8 @@
 #   make check   ruff, pyright, the layer contract
 #   make native  compile the native library again (an install compiles it too)
 #   make bench   throughput, latency and start-up of the bundled model on this machine
+#   make bench-cpu        quire beside its peers on this CPU (half an hour; ARGS="--help" tells how to do less)
+#   make bench-cpu-peers  install those peers, each in a virtual environment under .bench
 #   make docs    write the generated pages, check links
 #   make soak    the random-workload tests, many more examples
 #   make clean   remove .venv and caches
@@ -16,7 +18,7 @@ ARGS ?=
 # Python files that are not in src.
 REST := $(wildcard tests examples benchmarks tools docs csrc hatch_build.py)
 
-.PHONY: demo test check native bench docs soak clean setup
+.PHONY: demo test check native bench bench-cpu bench-cpu-peers docs soak clean setup
 
 # One pip command, so that torch is resolved once, to the version in constraints.txt.
 $(STAMP): pyproject.toml constraints.txt
@@ -38,14 +40,21 @@ check: $(STAMP)
 	$(BIN)/pyright
 	$(BIN)/lint-imports --no-cache
 
-native:
-	$(PYTHON) csrc/build.py src/quire/ops/native/libquire.so
+native: $(STAMP)
+	$(BIN)/python csrc/build.py src/quire/ops/native/libquire.so
 
 bench: $(STAMP)
 	@for script in $(wildcard benchmarks/core/*.py); do echo "== $$script"; $(BIN)/python $$script || exit 1; done
 	$(BIN)/quire bench throughput $(ARGS)
 	$(BIN)/quire bench latency $(ARGS)
 	$(BIN)/quire bench startup $(ARGS)
+
+bench-cpu: $(STAMP)
+	$(BIN)/python -m benchmarks.cpu.run $(ARGS)
+
+bench-cpu-peers: $(STAMP)
+	$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[bench]'
+	$(BIN)/python -m benchmarks.cpu.install $(ARGS)
 
 docs: $(STAMP)
 	$(BIN)/python docs/generate.py

@@ -1,0 +1,1 @@
+"""quire beside its peers on a CPU, in one run. See benchmarks/README.md."""
