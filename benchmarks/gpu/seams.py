@@ -119,7 +119,7 @@ class GraphRunner(ModelRunner):
 def with_graph(llm: LLM, rows: int) -> GraphRunner:
     worker = llm.llm_engine.client._executor.worker  # type: ignore[attr-defined]
     old = worker._runner
-    runner = GraphRunner(old._model, old._store, old._table, old._sampler, worker.device, 2)
+    runner = GraphRunner(old._model, old._store, old._table, old._sampler, old._replay, worker.device, 2)
     worker._runner = runner.capture(rows, llm.llm_engine.config.model.max_model_len, worker.device)
     return runner
 
