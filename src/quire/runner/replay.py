@@ -20,7 +20,8 @@ from quire.layers.step import AttentionMeta, GroupMeta, Step
 from quire.models.base import CausalLM
 from quire.ops.native import program
 from quire.ops.native.bound import kernels
-from quire.ops.native.library import Pool, load
+from quire.ops.native.kernels import Kernels
+from quire.ops.native.library import load
 from quire.ops.native.recorder import Recorder, Unrecordable, record
 from quire.runner.kv_store import KVStore
 from quire.runner.table import RequestTable
@@ -28,7 +29,7 @@ from quire.types.plan import Plan
 
 log = logging.getLogger(__name__)
 
-MAX_TOKENS = 64
+MAX_TOKENS = 64  # most tokens of a recorded step, where the kernels serve as many
 TOKENS, ROWS, DECODES, SAMPLES = range(4)  # entries of the program's dims
 
 
@@ -66,9 +67,10 @@ class NoReplay:
 class HostReplay:
     """Raises `Unrecordable` for models whose forward is not all native."""
 
-    def __init__(self, model: CausalLM, table: RequestTable, store: KVStore, pool: Pool) -> None:
+    def __init__(self, model: CausalLM, table: RequestTable, store: KVStore, native: Kernels) -> None:
         # Sizes are told apart by their numbers while recording, so no two may be equal, nor be met by chance.
-        self._max_tokens = self._max_rows = MAX_TOKENS
+        pool = native.pool
+        self._max_tokens = self._max_rows = min(MAX_TOKENS, native.few)
         tokens, rows, decodes, samples = MAX_TOKENS + 7, MAX_TOKENS + 11, MAX_TOKENS + 13, MAX_TOKENS + 17
         sizes = {tokens: TOKENS, rows: ROWS, decodes: DECODES, samples: SAMPLES}
         self._table = table
@@ -159,7 +161,7 @@ def make_replay(
     if device.type != "cpu" or enforce_eager or isinstance(load(), str):
         return NoReplay()
     try:
-        return HostReplay(model, table, store, kernels().pool)
+        return HostReplay(model, table, store, kernels())
     except Unrecordable as reason:
         log.info("steps run operation by operation: %s", reason)
         return NoReplay()

@@ -70,6 +70,14 @@ def physical_cores() -> int:
     return max(1, len(cores))
 
 
+def has_matrix_unit() -> bool:
+    """Whether this CPU multiplies bfloat16 matrices in a unit of their own (AMX)."""
+    try:
+        return " amx_bf16" in Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+
+
 def cpu_name() -> str:
     """The processor's own name, where the system tells it."""
     try:
