@@ -25,6 +25,9 @@ from quire.ops.native.library import LEVELS, Pool
 from quire.utils.devices import physical_cores
 
 CYCLE = 300 << 20  # bytes of weights in a round
+# Torch's threads (libgomp's) spin for milliseconds after they have worked and take the cores from ours meanwhile: a
+# step of m135 took 17 ms instead of 10 right after a torch product. Each side begins when the other one sleeps.
+PAUSE = 0.03
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,7 @@ class Bench:
         times: list[list[float]] = [[] for _ in functions]
         for turn in range(self.rounds + 1):
             for taken, function in zip(times, functions, strict=True):
+                time.sleep(PAUSE)
                 begin = self.clock()
                 function()
                 if turn:

@@ -6,8 +6,8 @@
 //
 // Nothing is packed, for any number of tokens: tiles of 4 weight rows x 4 tokens need 8 loads for 16 products, which
 // the load ports keep up with, and a block of 64 tokens x 4 KiB stays in the L2 cache. On Zen 4, one thread, bf16:
-// 200-219 GFLOP/s of 235 from 16 tokens on; panels packed from the rows, 48 outputs x 8 tokens in registers, gave 121-184 at
-// 16-64 tokens and 195-211 at 256, and would need a second copy of the weights or their packing in each call.
+// 200-219 GFLOP/s of 235 from 16 tokens on; panels packed from the rows, 48 outputs x 8 tokens in registers, gave
+// 121-184 at 16-64 tokens and 195-211 at 256, and would need a second copy of the weights or packing in each call.
 
 constexpr int64_t LINEAR_TOKENS = 64;  // tokens of a block: their sums fit the stack, their rows the L2 cache
 // Weight rows are asked for so many rows ahead, into the L2 cache. Measured on Zen 4, one thread, K = 576 and 2048: 8
@@ -140,7 +140,7 @@ template <class A, class B, class C, class X> void linear_rows(const qr_op& op, 
             x = copy;
             stride_x = stride;
         }
-        for (int64_t piece; (piece = c.take(pieces)) >= 0;) {
+        for (int64_t piece; (piece = c.take_near(pieces)) >= 0;) {
             int64_t end = least(outputs, (piece + 1) * grain);
             for (int64_t first = piece * grain; first < end; first += LINEAR_ROWS) {
                 int64_t count = least(LINEAR_ROWS, end - first);

@@ -91,7 +91,7 @@ void Team::barrier() {
     uint32_t old = epoch.value.load(std::memory_order_relaxed);
     if (arrived.value.fetch_add(1, std::memory_order_acq_rel) == uint32_t(count - 1)) {
         arrived.value.store(0, std::memory_order_relaxed);
-        next.store(0, std::memory_order_relaxed);
+        reset();
         post(epoch.value, old + 1);
     } else {
         wait(epoch.value, old);
@@ -117,7 +117,8 @@ struct qr_pool {
     const Kernel* kernels = nullptr;
     pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
     pthread_t* handles = nullptr;
-    int* cpus = nullptr;
+    int* cpus = nullptr;  // where the threads may run, `places` of them; none: where the system likes
+    int places = 0, caller = -1;
     int started = 0;  // threads that run, the caller not counted
     Word job;
     bool stop = false;
@@ -137,6 +138,7 @@ struct qr_pool {
     }
     bool start();
     void end();
+    void place(int cpu);
 };
 
 namespace {
@@ -163,31 +165,37 @@ void* live(void* argument) {
 
 bool qr_pool::start() {
     born = forks.load();
+    caller = -1;
     started = 0;
     stop = false;
     team.arrived.value = team.sleepers.value = 0;
     team.next = 0;
+    for (int t = 0; t < threads; t++) team.near[t].value = 0;
     for (int t = 1; t < threads; t++) {
         Birth* birth = new (std::nothrow) Birth{this, t, job.value.load()};
         if (!birth) return false;
-        pthread_attr_t attributes;
-        pthread_attr_init(&attributes);
-        if (cpus) {
-            cpu_set_t set;
-            CPU_ZERO(&set);
-            CPU_SET(cpus[t], &set);
-            pthread_attr_setaffinity_np(&attributes, sizeof set, &set);
-        }
-        int failed = pthread_create(&handles[t], &attributes, live, birth);
-        if (failed && cpus) failed = pthread_create(&handles[t], nullptr, live, birth);  // that cpu is not ours
-        pthread_attr_destroy(&attributes);
-        if (failed) {
+        if (pthread_create(&handles[t], nullptr, live, birth)) {
             delete birth;
             return false;
         }
         started++;
     }
     return true;
+}
+
+// Pins the other threads to the processors that are not the caller's. Left to itself the system wakes a thread on the
+// caller's processor and moves it only at the next tick: the first four milliseconds of a step run on one core.
+void qr_pool::place(int cpu) {
+    caller = cpu;
+    int skip = places - 1;  // where the caller is on none of ours
+    for (int i = 0; i < places; i++)
+        if (cpus[i] == cpu) skip = i;
+    for (int t = 1; t < threads; t++) {
+        cpu_set_t set;
+        CPU_ZERO(&set);
+        CPU_SET(cpus[(skip + t) % places], &set);
+        pthread_setaffinity_np(handles[t], sizeof set, &set);  // a processor that is no longer ours: stay where it is
+    }
 }
 
 void qr_pool::end() {
@@ -231,11 +239,17 @@ qr_pool* qr_pool_new(int threads, const int* cpus, int level, int spin_us) {
     pool->kernels = kernels_of(level);
     pool->team.spins = spins_for(spin_us);
     pool->team.scratch = new Arena[size_t(threads)];
+    pool->team.near = new Word[size_t(threads)];
     pool->handles = new pthread_t[size_t(threads)];
-    if (cpus) {
-        pool->cpus = new int[size_t(threads)];
-        for (int t = 0; t < threads; t++) pool->cpus[t] = cpus[t];
-    }
+    cpu_set_t allowed;
+    CPU_ZERO(&allowed);
+    if (!cpus) sched_getaffinity(0, sizeof allowed, &allowed);
+    pool->places = cpus ? threads : CPU_COUNT(&allowed);
+    pool->cpus = new int[size_t(pool->places) + 1];
+    for (int cpu = 0, at = 0; at < pool->places; cpu++)
+        if (cpus) pool->cpus[at] = cpus[at], at++;
+        else if (CPU_ISSET(cpu, &allowed)) pool->cpus[at++] = cpu;
+    if (pool->places < threads) pool->places = 0;  // oversubscribed: nobody is pinned
     if (!pool->start()) {
         qr_pool_free(pool);
         return nullptr;
@@ -247,6 +261,7 @@ void qr_pool_free(qr_pool* pool) {
     if (!pool) return;
     pool->end();
     delete[] pool->team.scratch;
+    delete[] pool->team.near;
     delete[] pool->handles;
     delete[] pool->cpus;
     pthread_mutex_destroy(&pool->lock);
@@ -271,6 +286,7 @@ int qr_run(qr_pool* pool, const qr_op* ops, int64_t count, const qr_dims* dims) 
     if (pool->threads == 1 || (count == 1 && (ops[0].flags & QR_SOLO))) {
         pool->work(0, 1);
     } else {
+        if (int cpu = sched_getcpu(); pool->places && cpu != pool->caller) pool->place(cpu);
         pool->team.post(pool->job.value, pool->job.value.load(std::memory_order_relaxed) + 1);
         pool->work(0, pool->threads);
     }

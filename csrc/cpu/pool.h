@@ -34,6 +34,8 @@ struct Team {
     int spins = 0;                        // how often a waiting thread looks before it sleeps
     Word arrived, epoch, sleepers;        // the barrier
     alignas(64) std::atomic<int64_t> next{0};  // the next piece of the op's work; 0 after each barrier
+    std::atomic<bool> near_used{false};        // whether `near` must go back to 0 at the next barrier
+    Word* near = nullptr;                      // as `next`, of each thread's own share
     Arena shared;
     Arena* scratch = nullptr;             // one for each thread
 
@@ -42,6 +44,12 @@ struct Team {
     // Publishes a new value and wakes who sleeps.
     void post(std::atomic<uint32_t>& word, uint32_t value);
     void barrier();
+    QR_ALWAYS void reset() {
+        next.store(0, std::memory_order_relaxed);
+        if (!near_used.load(std::memory_order_relaxed)) return;
+        near_used.store(false, std::memory_order_relaxed);
+        for (int i = 0; i < count; i++) near[i].value.store(0, std::memory_order_relaxed);
+    }
 };
 
 // One thread's view of a run.
@@ -54,12 +62,25 @@ struct Context {
     QR_ALWAYS int64_t count(int64_t field) const { return field >= 0 ? field : dims->n[-1 - field]; }
     QR_ALWAYS void barrier() {
         if (threads > 1) team.barrier();
-        else team.next.store(0, std::memory_order_relaxed);
+        else team.reset();
     }
     // The next of `total` pieces of work, -1 when all are taken.
     QR_ALWAYS int64_t take(int64_t total) {
         int64_t at = team.next.fetch_add(1, std::memory_order_relaxed);
         return at < total ? at : -1;
+    }
+    // As `take`, in order from this thread's own share of the pieces, so that what it reads lies in a row; then from
+    // the shares of those who are behind.
+    QR_ALWAYS int64_t take_near(int64_t total) {
+        team.near_used.store(true, std::memory_order_relaxed);
+        for (int i = 0; i < threads; i++) {
+            int64_t of = (thread + i) % threads;
+            int64_t first = total * of / threads, end = total * (of + 1) / threads;
+            if (first == end) continue;
+            int64_t at = first + team.near[of].value.fetch_add(1, std::memory_order_relaxed);
+            if (at < end) return at;
+        }
+        return -1;
     }
     // This thread's own memory; a later call may move it.
     QR_ALWAYS void* scratch(size_t bytes) { return team.scratch[thread].get(bytes); }

@@ -119,9 +119,10 @@ int qr_abi(void);
 /* Whether this processor has the level. */
 int qr_has_level(int level);
 
-/* A pool of `threads` threads, the caller of qr_run being one. cpus: where to pin the others (cpus[0] is the caller's,
- * which is left as it is), or null. level: -1 for the best this processor has. spin_us: how long a waiting thread spins
- * before it sleeps. Null where memory or threads cannot be had. */
+/* A pool of `threads` threads, the caller of qr_run being one. cpus: where they may run, one for each thread
+ * (null: all that this process may use); the others are pinned to those where the caller is not, which is left as it
+ * is; where there are fewer than threads, nobody is pinned. level: -1 for the best this processor has. spin_us: how
+ * long a waiting thread spins before it sleeps. Null where memory or threads cannot be had. */
 qr_pool* qr_pool_new(int threads, const int* cpus, int level, int spin_us);
 void qr_pool_free(qr_pool* pool);
 int qr_pool_threads(const qr_pool* pool);

@@ -69,8 +69,9 @@ def levels() -> list[int]:
 
 
 class Pool:
-    """Threads that run programs; the caller of `run` is one of them. `cpus`: where to pin the others (the first entry
-    is the caller's and is not used). `level`: -1 for the best one."""
+    """Threads that run programs; the caller of `run` is one of them. `cpus`: where they may run, one for each (None:
+    all that this process may use); the others are pinned to those where the caller is not. `level`: -1 for the best.
+    """
 
     def __init__(
         self, threads: int, cpus: Sequence[int] | None = None, level: int = -1, spin_us: int = SPIN_US
