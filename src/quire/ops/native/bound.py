@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from quire.ops.native.kernels import FEW, FEW_BESIDE_AMX, Kernels
+from quire.ops.native.kernels import ANY, FEW_BESIDE_AMX, Kernels
 from quire.ops.native.library import Pool
 from quire.utils.devices import has_matrix_unit, physical_cores
 
@@ -21,7 +21,7 @@ from quire.utils.devices import has_matrix_unit, physical_cores
 def kernels() -> Kernels:
     """A thread for each physical core, but no more than torch was told to use."""
     pool = Pool(max(1, min(physical_cores(), torch.get_num_threads())))
-    return Kernels(pool, FEW_BESIDE_AMX if has_matrix_unit() else FEW)
+    return Kernels(pool, FEW_BESIDE_AMX if has_matrix_unit() else ANY)
 
 
 def __getattr__(name: str) -> Callable[..., Any]:
