@@ -19,9 +19,8 @@ from torch import Tensor
 from quire.layers.step import AttentionMeta, GroupMeta, Step
 from quire.models.base import CausalLM
 from quire.ops.native import program
-from quire.ops.native.bound import kernels
+from quire.ops.native.bound import kernels_of
 from quire.ops.native.kernels import Kernels
-from quire.ops.native.library import load
 from quire.ops.native.recorder import Recorder, Unrecordable, record
 from quire.runner.kv_store import KVStore
 from quire.runner.table import RequestTable
@@ -158,10 +157,11 @@ def make_replay(
     model: CausalLM, table: RequestTable, store: KVStore, device: torch.device, enforce_eager: bool
 ) -> Replay:
     """Recorded steps on a CPU with the native library, for models that can be recorded."""
-    if device.type != "cpu" or enforce_eager or isinstance(load(), str):
+    native = kernels_of(model)
+    if native is None or device.type != "cpu" or enforce_eager:
         return NoReplay()
     try:
-        return HostReplay(model, table, store, kernels())
+        return HostReplay(model, table, store, native)
     except Unrecordable as reason:
         log.info("steps run operation by operation: %s", reason)
         return NoReplay()

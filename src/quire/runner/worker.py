@@ -14,7 +14,7 @@ from quire.loading import load_model
 from quire.loading.passes import DTYPES
 from quire.models.base import CausalLM, kv_groups
 from quire.ops.dispatch import Binder
-from quire.ops.native import bound
+from quire.ops.native.bound import kernels_of
 from quire.ops.native.kernels import ANY
 from quire.runner import memory
 from quire.runner.kv_store import KVStore
@@ -39,6 +39,8 @@ class Worker:
         if self.device.type == "cuda":
             self.device = torch.device("cuda", rank)
             torch.cuda.set_device(self.device)
+        else:
+            torch.set_num_threads(config.device.threads)
         arch, size = config.model.arch, config.cache.block_size
         dtype = DTYPES[config.model.dtype]
         self.ops = Binder(self.device, dtype, config.device.ops)
@@ -61,10 +63,10 @@ class Worker:
         table = RequestTable(
             config.scheduler.max_num_seqs, config.model.max_model_len, size, len(self.kv_groups), sampler, self.device
         )
-        if self.device.type == "cpu":
-            _leave_the_cores_to_native_threads(self.ops)
         replay = make_replay(model, table, store, self.device, config.model.enforce_eager)
         self._runner = ModelRunner(model, store, table, sampler, replay, self.device, config.scheduler.depth)
+        if self.device.type == "cpu":
+            _leave_the_cores_to_native_threads(model, self.ops)
 
     def submit(self, plan: Plan) -> Pending:
         """Start a step; the result may be waited for later."""
@@ -75,10 +77,11 @@ class Worker:
         return self.submit(plan).result()
 
 
-def _leave_the_cores_to_native_threads(ops: Binder) -> None:
+def _leave_the_cores_to_native_threads(model: CausalLM, ops: Binder) -> None:
     """After each parallel operation torch's threads spin for milliseconds, on the very cores that the native threads
     want next: a step of a 135M model took 17 ms instead of 10. Where every linear layer runs in the native library,
     whatever is left to torch is small, and one thread is enough for it."""
-    chosen = {choice.chosen for choice in ops.report() if choice.op in ("linear", "attention")}
-    if chosen == {"native"} and bound.kernels().few == ANY:
+    native = kernels_of(model)
+    chosen = {choice.chosen for choice in ops.report() if choice.op in ("linear", "quantized_linear", "attention")}
+    if chosen == {"native"} and native is not None and native.few == ANY:
         torch.set_num_threads(1)

@@ -11,17 +11,27 @@ from functools import cache
 from typing import Any
 
 import torch
+from torch import nn
 
 from quire.ops.native.kernels import ANY, FEW_BESIDE_AMX, Kernels
 from quire.ops.native.library import Pool
 from quire.utils.devices import has_matrix_unit, physical_cores
 
 
-@cache
 def kernels() -> Kernels:
     """A thread for each physical core, but no more than torch was told to use."""
-    pool = Pool(max(1, min(physical_cores(), torch.get_num_threads())))
-    return Kernels(pool, FEW_BESIDE_AMX if has_matrix_unit() else ANY)
+    return _kernels(max(1, min(physical_cores(), torch.get_num_threads())))
+
+
+@cache
+def _kernels(threads: int) -> Kernels:
+    return Kernels(Pool(threads), FEW_BESIDE_AMX if has_matrix_unit() else ANY)
+
+
+def kernels_of(model: nn.Module) -> Kernels | None:
+    """Those that the ops of a model are bound to, if any are native."""
+    owners = (getattr(getattr(module, "op", None), "__self__", None) for module in model.modules())
+    return next((owner for owner in owners if isinstance(owner, Kernels)), None)
 
 
 def __getattr__(name: str) -> Callable[..., Any]:
