@@ -179,6 +179,16 @@ template <class T> void gather_rows(const qr_op& op, Context& c) {
             int64_t id = ids[t] + op.i[5];
             T* y = static_cast<T*>(op.p[2]) + t * op.i[4];
             bool known = id >= 0 && id < op.i[2];
+            if (type_b(op) == QR_I8) {
+                auto* q = static_cast<const int8_t*>(op.p[1]) + (known ? id * op.i[3] : 0);
+                V by = set(known ? static_cast<const float*>(op.p[4])[id] : 0.0f);
+                for (int64_t d = 0; d < size; d += W) {
+                    V r = known ? mul(load_bytes(q + d, size - d), by) : zero();
+                    if (plus) r = add(rounded<T>(r), load(plus + t * op.i[6] + d, size - d));
+                    store(y + d, r, size - d);
+                }
+                continue;
+            }
             const T* from = static_cast<const T*>(op.p[1]) + (known ? id * op.i[3] : 0);
             if (known && !plus) {
                 __builtin_memcpy(y, from, size_t(size) * sizeof(T));

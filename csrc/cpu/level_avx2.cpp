@@ -10,6 +10,8 @@ namespace qr::avx2 {
 constexpr int ROWS_OF_ONE = 4, ROWS_OF_TWO = 4;  // weight rows at a time, for one and two tokens
 #include "linear.h"
 void linear(const qr_op& op, Context& c) { linear_generic(op, c); }
+#include "quantized.h"
+void linear_q(const qr_op& op, Context& c) { linear_q_generic(op, c); }
 constexpr bool FAST_PAIRS = false;
 #include "attention.h"
 #include "table.h"

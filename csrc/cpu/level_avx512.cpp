@@ -10,6 +10,8 @@ namespace qr::avx512 {
 constexpr int ROWS_OF_ONE = 8, ROWS_OF_TWO = 8;  // weight rows at a time, for one and two tokens
 #include "linear.h"
 #include "linear_avx512.h"
+#include "quantized.h"
+#include "quantized_avx512.h"
 #include "attention_avx512.h"
 constexpr bool FAST_PAIRS = true;
 #include "attention.h"

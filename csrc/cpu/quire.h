@@ -12,7 +12,7 @@
 #define QUIRE_H
 #include <stdint.h>
 
-#define QR_ABI 1
+#define QR_ABI 2
 #define QR_POINTERS 12
 #define QR_INTS 16
 #define QR_FLOATS 4
@@ -33,7 +33,7 @@ typedef struct {
 typedef struct qr_pool qr_pool;
 
 /* Element types. */
-enum { QR_F32 = 0, QR_BF16 = 1, QR_F16 = 2 };
+enum { QR_F32 = 0, QR_BF16 = 1, QR_F16 = 2, QR_I8 = 3 };
 
 /* Flags: bits 0-3 type of activations (A), 4-7 type of what the op calls B, 8-11 type of what it calls C, 12-15
  * activation kind; then single bits. */
@@ -71,8 +71,9 @@ enum {
      * p: 0 x, 1 y;  i: 0 T#, 1 D, 2 stride x, 3 stride y */
     QR_ACTIVATION = 4,
 
-    /* y[t] = table[ids[t] + offset] (ids int64; out of range: zeros). A: both.
-     * p: 0 ids, 1 table, 2 y, 3 add or null (y += add[t]);
+    /* y[t] = table[ids[t] + offset] (ids int64; out of range: zeros). A: both. With B QR_I8 the table is int8, and
+     * row v of it stands for table[v] * scales[v].
+     * p: 0 ids, 1 table, 2 y, 3 add or null (y += add[t]), 4 scales float32, where B is QR_I8;
      * i: 0 T#, 1 D, 2 rows of the table, 3 stride table, 4 stride y, 5 offset, 6 stride add */
     QR_GATHER = 5,
 
@@ -103,6 +104,14 @@ enum {
     /* Index (lowest among equals) and value of the largest number of each row; NaN counts as the largest. A: x.
      * p: 0 x, 1 index int64, 2 value float32 or null;  i: 0 S#, 1 V, 2 stride x */
     QR_ARGMAX = 9,
+
+    /* As QR_LINEAR with w[n, k] = q[n, k] * scales[n, k / group], in 8 bits (int8) or 4 (two in a byte, the even input
+     * in the low half, each half q + 8; K is even). Integer products where `dynamic`: each row of x is rounded to int8
+     * first, its largest magnitude to 127, and the sums of each group are exact.
+     * p: 0 x, 1 q, 2 bias or null, 3 y, 4 add or null, 5 scales float32 [N, K / group]
+     * i: 0 M#, 1 N, 2 K, 3 stride x, 4 bytes of a row of q, 5 stride y, 6 stride add, 7 bits, 8 group (divides K),
+     *    9 dynamic */
+    QR_LINEAR_Q = 10,
 
     QR_OPS
 };

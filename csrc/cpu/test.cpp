@@ -73,6 +73,42 @@ template <class T> void test_linear(qr_pool* pool, int64_t m, int64_t n, int64_t
     check("linear", y, expected);
 }
 
+template <class T> void test_quantized(qr_pool* pool, int64_t m, int64_t n, int64_t k, int64_t group, int64_t bits,
+                                       bool dynamic) {
+    Buffer<T> x(m * k), bias(n), y(m * n);
+    Buffer<float> scales(n * (k / group)), rounded(m * k);
+    std::vector<uint8_t> q(size_t(n * k * bits / 8));
+    for (auto& byte : q) byte = uint8_t(draw(0, 255));
+    qr_op op{QR_LINEAR_Q, QR_TYPES(type_of<T>, 0, type_of<T>), {x.at(), q.data(), bias.at(), y.at(), nullptr, scales.at()},
+             {m, n, k, k, k * bits / 8, n, 0, bits, group, dynamic}, {}};
+    auto weight = [&](int64_t row, int64_t j) {
+        int64_t at = row * k + j;
+        int byte = q[size_t(bits == 8 ? at : at / 2)];
+        int value = bits == 8 ? int8_t(byte) : (at & 1 ? byte >> 4 : byte & 15) - 8;
+        return value * scales[row * (k / group) + j / group];
+    };
+    std::vector<double> expected;
+    for (int64_t i = 0; i < m; i++) {
+        float top = 1e-12f;
+        for (int64_t j = 0; j < k; j++) top = std::fmax(top, std::fabs(float(x[i * k + j])));
+        float scale = top / 127.0f;
+        for (int64_t j = 0; j < k; j++)
+            rounded.data[size_t(j)] =
+                dynamic ? std::nearbyint(float(x[i * k + j]) / scale) * scale : float(x[i * k + j]);
+        for (int64_t row = 0; row < n; row++) {
+            double sum = bias[row];
+            for (int64_t j = 0; j < k; j++) sum += rounded[j] * weight(row, j);
+            expected.push_back(sum);
+        }
+    }
+    expect(qr_run(pool, &op, 1, nullptr) == 0, "run");
+    double largest = 1;
+    for (double r : expected) largest = std::fmax(largest, std::fabs(r));
+    for (size_t i = 0; i < expected.size(); i++) expected[i] /= largest;
+    for (auto& r : y.data) from_float(float(to_float(r) / largest), r);
+    check("quantized linear", y, expected);
+}
+
 template <class T> void test_norm(qr_pool* pool, int64_t t, int64_t d) {
     Buffer<T> x(t * d), residual(t * d), w(d), y(t * d), total(t * d);
     qr_op op{QR_RMS_NORM, QR_TYPES(type_of<T>, 0, 0), {x.at(), residual.at(), w.at(), y.at(), total.at()},
@@ -181,6 +217,14 @@ void test_attention(qr_pool* pool, const std::vector<int32_t>& lengths, const st
 template <class T> void test_type(qr_pool* pool) {
     for (int i = 0; i < 12; i++)
         test_linear<T>(pool, draw(1, 9) * (i % 3 ? 1 : 10), draw(1, 90), draw(1, 80) * (i % 4 ? 1 : 60), i & 1);
+    for (int i = 0; i < 24; i++) {
+        int64_t groups = draw(1, 9), tokens = draw(1, 9) * (i % 3 ? 1 : 10), outputs = draw(1, 90);
+        test_quantized<T>(pool, tokens, outputs, groups * 32, i % 5 ? 32 : groups * 32, i & 1 ? 4 : 8, i & 2);
+        test_quantized<T>(pool, tokens, outputs, groups * 14, i % 5 ? groups * 14 : 14, i & 1 ? 4 : 8, i & 2);
+    }
+    test_quantized<T>(pool, 66, 5, 4160, 32, 4, true);
+    test_quantized<T>(pool, 66, 5, 5000, 5000, 8, true);
+    test_quantized<T>(pool, 3, 5, 5000, 5000, 8, false);
     for (int64_t d : {1, 5, 16, 33, 64, 100}) {
         test_norm<T>(pool, draw(1, 9), d);
         test_small<T>(pool, draw(1, 9), d);

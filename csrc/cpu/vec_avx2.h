@@ -46,6 +46,35 @@ template <class T> inline void store(T* p, V x, int64_t n) {
     store(part, x);
     for (int64_t i = 0; i < n; i++) p[i] = part[i];
 }
+// Whole numbers from bytes, and to bytes (|x| <= 127; others become something).
+inline V load_bytes(const int8_t* p) {
+    return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))))};
+}
+inline V load_bytes(const int8_t* p, int64_t n) {
+    if (n >= W) return load_bytes(p);
+    int8_t part[W] = {};
+    for (int64_t i = 0; i < n; i++) part[i] = p[i];
+    return load_bytes(part);
+}
+inline void store_bytes(int8_t* p, V x) {
+    __m256i whole = _mm256_cvtps_epi32(x.v);
+    __m128i half = _mm_packs_epi32(_mm256_castsi256_si128(whole), _mm256_extracti128_si256(whole, 1));
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(half, half));
+}
+inline int32_t dot_bytes(const int8_t* a, const int8_t* b, int64_t n) {
+    __m256i all = _mm256_setzero_si256();
+    int64_t i = 0;
+    for (; i + 16 <= n; i += 16) {
+        __m256i x = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(a + i)));
+        __m256i y = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(b + i)));
+        all = _mm256_add_epi32(all, _mm256_madd_epi16(x, y));
+    }
+    __m128i four = _mm_add_epi32(_mm256_castsi256_si128(all), _mm256_extracti128_si256(all, 1));
+    four = _mm_add_epi32(four, _mm_shuffle_epi32(four, 0x4e));
+    int32_t sum = _mm_cvtsi128_si32(_mm_add_epi32(four, _mm_shuffle_epi32(four, 0xb1)));
+    for (; i < n; i++) sum += int32_t(a[i]) * int32_t(b[i]);
+    return sum;
+}
 inline V add(V a, V b) { return {_mm256_add_ps(a.v, b.v)}; }
 inline V sub(V a, V b) { return {_mm256_sub_ps(a.v, b.v)}; }
 inline V mul(V a, V b) { return {_mm256_mul_ps(a.v, b.v)}; }

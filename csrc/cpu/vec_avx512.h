@@ -26,6 +26,26 @@ template <class T> inline void store(T* p, V x) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow(p, x));
 }
 template <class T> inline void store(T* p, V x, int64_t n) { _mm256_mask_storeu_epi16(p, lanes(n), narrow(p, x)); }
+// Whole numbers from bytes, and to bytes (|x| <= 127; others become something).
+inline V load_bytes(const int8_t* p) {
+    return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))))};
+}
+inline V load_bytes(const int8_t* p, int64_t n) {
+    return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(lanes(n), p)))};
+}
+inline void store_bytes(int8_t* p, V x) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(x.v)));
+}
+inline int32_t dot_bytes(const int8_t* a, const int8_t* b, int64_t n) {
+    __m512i all = _mm512_setzero_si512();
+    for (int64_t i = 0; i < n; i += 32) {
+        __mmask32 mask = n - i >= 32 ? ~__mmask32(0) : (__mmask32(1) << (n - i)) - 1;
+        __m512i x = _mm512_cvtepi8_epi16(_mm256_maskz_loadu_epi8(mask, a + i));
+        __m512i y = _mm512_cvtepi8_epi16(_mm256_maskz_loadu_epi8(mask, b + i));
+        all = _mm512_add_epi32(all, _mm512_madd_epi16(x, y));
+    }
+    return _mm512_reduce_add_epi32(all);
+}
 inline V add(V a, V b) { return {_mm512_add_ps(a.v, b.v)}; }
 inline V sub(V a, V b) { return {_mm512_sub_ps(a.v, b.v)}; }
 inline V mul(V a, V b) { return {_mm512_mul_ps(a.v, b.v)}; }

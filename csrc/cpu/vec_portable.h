@@ -39,6 +39,14 @@ template <class T> inline void store(T* p, V x, int64_t n) {
     store(part, x);
     for (int64_t i = 0; i < n; i++) p[i] = part[i];
 }
+// Whole numbers from bytes, and to bytes (|x| <= 127; others become something).
+inline V load_bytes(const int8_t* p) { return {Floats{float(p[0]), float(p[1]), float(p[2]), float(p[3])}}; }
+inline V load_bytes(const int8_t* p, int64_t n) {
+    if (n >= W) return load_bytes(p);
+    int8_t part[W] = {};
+    for (int64_t i = 0; i < n; i++) part[i] = p[i];
+    return load_bytes(part);
+}
 inline V choose(Ints mask, V a, V b) { return {(Floats)((mask & (Ints)a.v) | (~mask & (Ints)b.v))}; }
 inline V add(V a, V b) { return {a.v + b.v}; }
 inline V sub(V a, V b) { return {a.v - b.v}; }
@@ -69,3 +77,12 @@ inline float largest(V a) {
 }
 // The sums of W vectors.
 inline V sums(const V* a) { return {Floats{sum(a[0]), sum(a[1]), sum(a[2]), sum(a[3])}}; }
+inline void store_bytes(int8_t* p, V x) {
+    Ints whole = __builtin_convertvector(choose(absolute(x).v < 128.0f, x, zero()).v, Ints);
+    for (int i = 0; i < W; i++) p[i] = int8_t(whole[i]);
+}
+inline int32_t dot_bytes(const int8_t* a, const int8_t* b, int64_t n) {
+    int32_t sum = 0;
+    for (int64_t i = 0; i < n; i++) sum += int32_t(a[i]) * int32_t(b[i]);
+    return sum;
+}

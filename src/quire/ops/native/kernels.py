@@ -13,10 +13,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from quire.ops import linear as references
 from quire.ops.attention import reference
 from quire.ops.attention.meta import AttentionMeta, GroupMeta
 from quire.ops.dispatch import Case
-from quire.ops.linear import linear as torch_linear
+from quire.ops.linear import QuantizedWeight
 from quire.ops.native import program
 from quire.ops.native.library import PORTABLE, Pool, levels, load
 
@@ -156,7 +157,7 @@ class Kernels:
     def linear(self, x: Tensor, weight_NK: Tensor, bias_N: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:
         many = weight_NK.dtype == torch.bfloat16 and x.shape[:-1].numel() > self.few
         if many or weight_NK.stride(1) != 1 or x.numel() == 0:
-            return torch_linear(x, weight_NK, bias_N, dtype)
+            return references.linear(x, weight_NK, bias_N, dtype)
         x_TK = _rows(x.flatten(0, -2))
         out_TN = self.empty((x_TK.shape[0], weight_NK.shape[0]), dtype or x.dtype)
         self.pool.run(program.linear(x_TK, weight_NK, bias_N, out_TN, self.count(x_TK.shape[0])))
@@ -165,4 +166,21 @@ class Kernels:
     def embedding(self, ids_T: Tensor, table_VD: Tensor, offset: int) -> Tensor:
         out_TD = self.empty((ids_T.shape[0], table_VD.shape[1]), table_VD.dtype)
         self.pool.run(program.gather(ids_T, table_VD, out_TD, self.count(ids_T.shape[0]), offset))
+        return out_TD
+
+    def quantized_linear(
+        self, x: Tensor, weight: QuantizedWeight, bias_N: Tensor | None, dtype: torch.dtype | None = None
+    ) -> Tensor:
+        if weight.q.stride(1) != 1 or not weight.scale_NG.is_contiguous() or x.numel() == 0:
+            return references.quantized_linear(x, weight, bias_N, dtype)
+        x_TK = _rows(x.flatten(0, -2))
+        out_TN = self.empty((x_TK.shape[0], weight.shape[0]), dtype or x.dtype)
+        self.pool.run(program.quantized_linear(x_TK, weight, bias_N, out_TN, self.count(x_TK.shape[0])))
+        return out_TN.view(*x.shape[:-1], weight.shape[0])
+
+    def quantized_embedding(self, ids_T: Tensor, table: QuantizedWeight, offset: int, dtype: torch.dtype) -> Tensor:
+        if table.bits != 8 or table.scale_NG.shape[1] != 1 or table.q.stride(1) != 1:
+            return references.quantized_embedding(ids_T, table, offset, dtype)
+        out_TD = self.empty((ids_T.shape[0], table.shape[1]), dtype)
+        self.pool.run(program.quantized_gather(ids_T, table, out_TD, self.count(ids_T.shape[0]), offset))
         return out_TD

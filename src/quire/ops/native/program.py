@@ -10,15 +10,20 @@ Shape legend: T tokens, D features, N outputs, K inputs or KV heads, H query hea
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from quire.ops.native.library import Dims, Operation, Pool
 
-NOP, LINEAR, RMS_NORM, LAYER_NORM, ACTIVATION, GATHER, ADD, HEADS, ATTENTION, ARGMAX = range(10)
+if TYPE_CHECKING:
+    from quire.ops.linear import QuantizedWeight
+
+NOP, LINEAR, RMS_NORM, LAYER_NORM, ACTIVATION, GATHER, ADD, HEADS, ATTENTION, ARGMAX, LINEAR_Q = range(11)
 GATED, SOLO = 1 << 16, 1 << 17
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+INT8 = 3
 
 _GELU_TANH = ("gelu_new", "gelu_fast", "gelu_accurate", "gelu_pytorch_tanh", "gelu_python_tanh")
 KINDS = {
@@ -69,6 +74,19 @@ def linear(
     return make(LINEAR, flags | _small(1, inputs * outputs), (x_TK, weight_NK, bias_N, out_TN, add_TN), ints)
 
 
+def quantized_linear(
+    x_TK: Tensor, weight: QuantizedWeight, bias_N: Tensor | None, out_TN: Tensor, tokens: int, kind: str = "linear",
+    gated: bool = False, add_TN: Tensor | None = None,
+) -> Operation:  # fmt: skip
+    """As `linear`, with a weight in 8 or 4 bits."""
+    flags = TYPES[x_TK.dtype] | TYPES[out_TN.dtype] << 8 | KINDS[kind] << 12 | (GATED if gated else 0)
+    outputs, inputs = weight.shape
+    ints = (tokens, outputs // 2 if gated else outputs, inputs, stride(x_TK), stride(weight.q), stride(out_TN),
+            stride(add_TN), weight.bits, weight.group, int(weight.dynamic))  # fmt: skip
+    pointers = (x_TK, weight.q, bias_N, out_TN, add_TN, weight.scale_NG)
+    return make(LINEAR_Q, flags | _small(1, inputs * outputs), pointers, ints)
+
+
 def norm(
     op: int, x_TD: Tensor, residual_TD: Tensor | None, weight_D: Tensor | None, bias_D: Tensor | None, out_TD: Tensor,
     total_TD: Tensor | None, eps: float, tokens: int,
@@ -102,6 +120,14 @@ def gather(
     rows, size = table_VD.shape
     ints = (tokens, size, rows, stride(table_VD), stride(out_TD), offset, stride(add_TD))
     return make(GATHER, TYPES[table_VD.dtype] | _small(tokens, size), (ids_T, table_VD, out_TD, add_TD), ints)
+
+
+def quantized_gather(ids_T: Tensor, table: QuantizedWeight, out_TD: Tensor, tokens: int, offset: int = 0) -> Operation:
+    """As `gather`, from a table in 8 bits with one scale for each row."""
+    rows, size = table.shape
+    ints = (tokens, size, rows, stride(table.q), stride(out_TD), offset)
+    flags = TYPES[out_TD.dtype] | INT8 << 4 | _small(tokens, size)
+    return make(GATHER, flags, (ids_T, table.q, out_TD, None, table.scale_NG), ints)
 
 
 def add(a_TD: Tensor, b_TD: Tensor, out_TD: Tensor, tokens: int) -> Operation:

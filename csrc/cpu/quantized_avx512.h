@@ -1,0 +1,350 @@
+// Integer products with vpdpbusd, of unsigned weights and signed tokens. Included inside the level's namespace, after
+// quantized.h.
+//
+// A weight is made unsigned by adding 128 (8 bits) or is so as it lies (4 bits, + 8). What that adds to a sum depends
+// on the token alone: it is taken off by what the accumulators start from, which is kept with the rounded token.
+
+// Writes sums [m][r] to out[m * stride + r].
+template <int R, int M> inline void spread(__m512 all, float* out, int64_t stride) {
+    static_assert(R == 4 || R == 8);
+    alignas(64) float part[16];
+    _mm512_store_ps(part, all);
+    for (int m = 0; m < M; m++)
+        for (int r = 0; r < R; r += 4) _mm_storeu_ps(out + m * stride + r, _mm_load_ps(part + m * R + r));
+}
+
+// The sums of 16 vectors of integers.
+inline __m512i sums_of(const __m512i* a) {
+    __m512i four[4];
+    for (int i = 0; i < 4; i++) {
+        const __m512i* b = a + 4 * i;
+        __m512i x = _mm512_add_epi32(_mm512_unpacklo_epi32(b[0], b[1]), _mm512_unpackhi_epi32(b[0], b[1]));
+        __m512i y = _mm512_add_epi32(_mm512_unpacklo_epi32(b[2], b[3]), _mm512_unpackhi_epi32(b[2], b[3]));
+        four[i] = _mm512_add_epi32(_mm512_unpacklo_epi64(x, y), _mm512_unpackhi_epi64(x, y));
+    }
+    __m512i ab = _mm512_add_epi32(_mm512_shuffle_i32x4(four[0], four[1], 0x88),
+                                  _mm512_shuffle_i32x4(four[0], four[1], 0xdd));
+    __m512i cd = _mm512_add_epi32(_mm512_shuffle_i32x4(four[2], four[3], 0x88),
+                                  _mm512_shuffle_i32x4(four[2], four[3], 0xdd));
+    return _mm512_add_epi32(_mm512_shuffle_i32x4(ab, cd, 0x88), _mm512_shuffle_i32x4(ab, cd, 0xdd));
+}
+
+// As `strip` and `tile` of linear.h, with `Form::dots`.
+template <class Form, int R, int M>
+inline void strip_of(const int8_t* x, int64_t stride_x, const Weights& w, int64_t first, int64_t count, float* out) {
+    for (int64_t n = 0; n < count; n += R) {
+        const uint8_t* q[R];
+        const float* scale[R];
+        bool whole = n + R <= count;
+        for (int r = 0; r < R; r++) {
+            int64_t row = first + least(n + r, count - 1);
+            q[r] = w.q + row * w.stride;
+            scale[r] = w.scale + row * w.groups;
+        }
+        float part[M * R];
+        float* to = whole ? out + n : part;
+        Form::template dots<R, M>(q, scale, x, stride_x, w.size, whole ? Form::ahead * w.stride : 0, to,
+                                  whole ? LINEAR_ROWS : R);
+        if (whole) continue;
+        for (int m = 0; m < M; m++)
+            for (int r = 0; n + r < count; r++) out[m * LINEAR_ROWS + n + r] = part[m * R + r];
+    }
+}
+template <class Form>
+inline void tile_of(const int8_t* x, int64_t stride, int64_t tokens, const Weights& w, int64_t first, int64_t count,
+                    float* out) {
+    if (tokens == 1) return strip_of<Form, 8, 1>(x, stride, w, first, count, out);
+    if (tokens == 2) return strip_of<Form, 8, 2>(x, stride, w, first, count, out);
+    for (int64_t n = 0; n < count; n += 4) {
+        int64_t m = 0, now = least(4, count - n), row = first + n;
+        for (; m + 4 <= tokens; m += 4)
+            strip_of<Form, 4, 4>(x + m * stride, stride, w, row, now, out + m * LINEAR_ROWS + n);
+        const int8_t* y = x + m * stride;
+        float* to = out + m * LINEAR_ROWS + n;
+        if (tokens - m == 3) strip_of<Form, 4, 3>(y, stride, w, row, now, to);
+        else if (tokens - m == 2) strip_of<Form, 4, 2>(y, stride, w, row, now, to);
+        else if (tokens - m == 1) strip_of<Form, 4, 1>(y, stride, w, row, now, to);
+    }
+}
+
+// 16 rows of 16 words as 16 rows of the words' lanes.
+inline void turn_words(const __m512i* a, uint8_t* to) {
+    __m512i b[16];
+    for (int r = 0; r < 16; r += 4) {  // 4 x 4 words in each of the 4 parts of a register
+        __m512i x = _mm512_unpacklo_epi32(a[r], a[r + 1]), y = _mm512_unpacklo_epi32(a[r + 2], a[r + 3]);
+        __m512i z = _mm512_unpackhi_epi32(a[r], a[r + 1]), u = _mm512_unpackhi_epi32(a[r + 2], a[r + 3]);
+        b[r] = _mm512_unpacklo_epi64(x, y);
+        b[r + 1] = _mm512_unpackhi_epi64(x, y);
+        b[r + 2] = _mm512_unpacklo_epi64(z, u);
+        b[r + 3] = _mm512_unpackhi_epi64(z, u);
+    }
+    for (int i = 0; i < 4; i++, to += 64) {  // part p of b[i], b[4 + i], ... are words 4p + i of the rows
+        __m512i x = _mm512_shuffle_i32x4(b[i], b[4 + i], 0x44), y = _mm512_shuffle_i32x4(b[8 + i], b[12 + i], 0x44);
+        __m512i z = _mm512_shuffle_i32x4(b[i], b[4 + i], 0xee), u = _mm512_shuffle_i32x4(b[8 + i], b[12 + i], 0xee);
+        _mm512_storeu_si512(to, _mm512_shuffle_i32x4(x, y, 0x88));
+        _mm512_storeu_si512(to + 256, _mm512_shuffle_i32x4(x, y, 0xdd));
+        _mm512_storeu_si512(to + 512, _mm512_shuffle_i32x4(z, u, 0x88));
+        _mm512_storeu_si512(to + 768, _mm512_shuffle_i32x4(z, u, 0xdd));
+    }
+}
+inline __m512i word_of(const int8_t* x) {
+    int32_t word;
+    __builtin_memcpy(&word, x, 4);
+    return _mm512_set1_epi32(word);
+}
+
+// Two panels of 16 turned rows (`next` bytes apart), or one, with all tokens: `Form::lanes`.
+template <class Form, int P>
+inline void panels(const uint8_t* panel, int64_t next, const int8_t* x, int64_t stride, int64_t tokens, int64_t size,
+                   float* out) {
+    constexpr int M = Form::tokens_at_once;
+    int64_t m = 0;
+    for (; m + M <= tokens; m += M)
+        Form::template lanes<P, M>(panel, next, x + m * stride, stride, size, out + m * LINEAR_ROWS);
+    for (; m + 2 <= tokens; m += 2)
+        Form::template lanes<P, 2>(panel, next, x + m * stride, stride, size, out + m * LINEAR_ROWS);
+    if (m < tokens) Form::template lanes<P, 1>(panel, next, x + m * stride, stride, size, out + m * LINEAR_ROWS);
+}
+template <class Form>
+inline void panels_of(const int8_t* x, int64_t stride, int64_t tokens, const Weights& w, int64_t first, int64_t count,
+                      float* sums, int8_t* room) {
+    auto* panel = reinterpret_cast<uint8_t*>(room);
+    int64_t next = Form::room(w.size) / 2;
+    for (int64_t n = 0; n < count; n += 32) {
+        Form::turn(w, first + n, least(16, count - n), panel);
+        if (count - n > 16) {
+            Form::turn(w, first + n + 16, least(16, count - n - 16), panel + next);
+            panels<Form, 2>(panel, next, x, stride, tokens, w.size, sums + n);
+        } else {
+            panels<Form, 1>(panel, next, x, stride, tokens, w.size, sums + n);
+        }
+    }
+}
+
+// 8 bits, one scale for a row. A token: 64 bytes that the accumulators start from, then its numbers.
+struct Bytes {
+    static constexpr bool scale_rows = true;
+    static constexpr int64_t ahead = 2 * LINEAR_AHEAD;
+    static constexpr int tokens_at_once = 8;
+    static inline int64_t bytes(int64_t size) { return 64 + padded(size); }
+    static inline int64_t room(int64_t size) { return 32 * padded(size); }
+    static inline void arrange(const int8_t* plain, int64_t size, int8_t* to) {
+        __m512i start = _mm512_setzero_si512();
+        for (int64_t k = 0; k < padded(size); k += 64) {
+            __m512i v = _mm512_loadu_si512(plain + k);
+            start = _mm512_dpbusd_epi32(start, _mm512_set1_epi8(-128), v);
+            _mm512_storeu_si512(to + 64 + k, v);
+        }
+        _mm512_storeu_si512(to, _mm512_sub_epi32(_mm512_setzero_si512(), start));
+    }
+    template <int R, int M>
+    static inline void dots(const uint8_t* const* q, const float* const*, const int8_t* x, int64_t stride, int64_t size,
+                            int64_t ahead, float* out, int64_t stride_out) {
+        __m512i a[16], high = _mm512_set1_epi8(-128);
+        for (int i = 0; i < 16; i++)
+            a[i] = i < R * M ? _mm512_loadu_si512(x + i / R * stride) : _mm512_setzero_si512();
+        x += 64;
+        int64_t k = 0;
+        for (; k + 64 <= size; k += 64) {
+            __m512i y[M];
+            for (int m = 0; m < M; m++) y[m] = _mm512_loadu_si512(x + m * stride + k);
+            for (int r = 0; r < R; r++) {
+                _mm_prefetch(reinterpret_cast<const char*>(q[r] + k + ahead), _MM_HINT_T1);
+                __m512i v = _mm512_xor_si512(_mm512_loadu_si512(q[r] + k), high);
+                for (int m = 0; m < M; m++) a[m * R + r] = _mm512_dpbusd_epi32(a[m * R + r], v, y[m]);
+            }
+        }
+        if (k < size) {
+            __mmask64 mask = (1ull << (size - k)) - 1;
+            for (int r = 0; r < R; r++) {
+                __m512i v = _mm512_xor_si512(_mm512_maskz_loadu_epi8(mask, q[r] + k), high);
+                for (int m = 0; m < M; m++)
+                    a[m * R + r] = _mm512_dpbusd_epi32(a[m * R + r], v, _mm512_loadu_si512(x + m * stride + k));
+            }
+        }
+        spread<R, M>(_mm512_cvtepi32_ps(sums_of(a)), out, stride_out);
+    }
+    // For many tokens: 16 rows turned so that a lane is a row, 4 inputs of each at a time; then no sums over lanes are
+    // left to make. Turning costs as the row is long, and saves the sums at its end: `products` has when it pays.
+    static inline void turn(const Weights& w, int64_t first, int64_t count, uint8_t* panel) {
+        const uint8_t* q[16];
+        for (int r = 0; r < 16; r++) q[r] = w.q + (first + least(r, count - 1)) * w.stride;
+        int64_t ahead = count == 16 ? LINEAR_AHEAD * w.stride : 0;
+        for (int64_t k = 0; k < w.size; k += 64) {
+            __mmask64 mask = w.size - k >= 64 ? ~0ull : (1ull << (w.size - k)) - 1;
+            __m512i a[16];
+            for (int r = 0; r < 16; r++) {
+                _mm_prefetch(reinterpret_cast<const char*>(q[r] + k + ahead), _MM_HINT_T1);
+                a[r] = _mm512_xor_si512(_mm512_maskz_loadu_epi8(mask, q[r] + k), _mm512_set1_epi8(-128));
+            }
+            turn_words(a, panel + k * 16);
+        }
+    }
+    // P panels with M tokens.
+    template <int P, int M>
+    static inline void lanes(const uint8_t* panel, int64_t next, const int8_t* x, int64_t stride, int64_t size,
+                                float* out) {
+        __m512i a[M][P];
+        for (int m = 0; m < M; m++) {
+            __m512i start = _mm512_set1_epi32(_mm512_reduce_add_epi32(_mm512_loadu_si512(x + m * stride)));
+            for (int p = 0; p < P; p++) a[m][p] = start;
+        }
+        x += 64;
+        for (int64_t k = 0; k < size; k += 4) {
+            __m512i v[P];
+            for (int p = 0; p < P; p++) v[p] = _mm512_loadu_si512(panel + p * next + k * 16);
+            for (int m = 0; m < M; m++) {
+                __m512i y = word_of(x + m * stride + k);
+                for (int p = 0; p < P; p++) a[m][p] = _mm512_dpbusd_epi32(a[m][p], v[p], y);
+            }
+        }
+        for (int m = 0; m < M; m++)
+            for (int p = 0; p < P; p++) _mm512_storeu_ps(out + m * LINEAR_ROWS + 16 * p, _mm512_cvtepi32_ps(a[m][p]));
+    }
+    static inline void products(const int8_t* x, int64_t stride, int64_t tokens, const Weights& w, int64_t first,
+                                int64_t count, float* sums, int8_t* room) {
+        if (tokens >= most(12, w.size / 48)) panels_of<Bytes>(x, stride, tokens, w, first, count, sums, room);
+        else tile_of<Bytes>(x, stride, tokens, w, first, count, sums);
+    }
+};
+
+// 4 bits, groups of 32, which are 16 bytes: a vector has 4 of them, and the sums of each in 4 lanes. A token, for every
+// 128 inputs: 64 bytes that the accumulators start from, then the even inputs, then the odd ones.
+struct Nibbles {
+    static constexpr bool scale_rows = false;
+    static constexpr int64_t ahead = 2 * LINEAR_AHEAD;
+    static inline int64_t bytes(int64_t size) { return padded(size) / 128 * 192; }
+    static constexpr int tokens_at_once = 4;
+    static inline int64_t room(int64_t size) { return 36 * padded(size); }
+    static inline void arrange(const int8_t* plain, int64_t size, int8_t* to) {
+        __m512i even = _mm512_set1_epi16(255), eights = _mm512_set1_epi8(8);
+        __m512i order = _mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7);
+        for (int64_t k = 0; k < padded(size); k += 128, to += 192) {
+            __m512i a = _mm512_loadu_si512(plain + k), b = _mm512_loadu_si512(plain + k + 64);
+            __m512i low = _mm512_packus_epi16(_mm512_and_si512(a, even), _mm512_and_si512(b, even));
+            __m512i high = _mm512_packus_epi16(_mm512_srli_epi16(a, 8), _mm512_srli_epi16(b, 8));
+            low = _mm512_permutexvar_epi64(order, low);
+            high = _mm512_permutexvar_epi64(order, high);
+            __m512i start = _mm512_dpbusd_epi32(_mm512_setzero_si512(), eights, low);
+            start = _mm512_dpbusd_epi32(start, eights, high);
+            start = _mm512_add_epi32(start, _mm512_shuffle_epi32(start, _MM_PERM_ENUM(0x4e)));
+            start = _mm512_add_epi32(start, _mm512_shuffle_epi32(start, _MM_PERM_ENUM(0xb1)));
+            start = _mm512_maskz_sub_epi32(0x1111, _mm512_setzero_si512(), start);  // the first lane of each group
+            _mm512_storeu_si512(to, start);
+            _mm512_storeu_si512(to + 64, low);
+            _mm512_storeu_si512(to + 128, high);
+        }
+    }
+    // 128 inputs of R rows and M tokens, of which `left` exist; `a` has `stride_a` accumulators for each token.
+    template <int R, int stride_a, int M, bool whole>
+    static inline void step(const uint8_t* const* q, const float* const* scale, int64_t k, int64_t left, int64_t ahead,
+                            const int8_t* x, int64_t stride, V* a) {
+        __m512i lows = _mm512_set1_epi8(15), each = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
+        __m512i low[R], high[R];
+        __m512 by[R];
+        for (int r = 0; r < R; r++) {
+            const uint8_t* from = q[r] + k / 2;
+            if (whole) _mm_prefetch(reinterpret_cast<const char*>(from + ahead), _MM_HINT_T1);
+            __m512i v = whole ? _mm512_loadu_si512(from) : _mm512_maskz_loadu_epi8((1ull << left / 2) - 1, from);
+            __m128 few = whole ? _mm_loadu_ps(scale[r] + k / 32)
+                               : _mm_maskz_loadu_ps(__mmask8((1u << left / 32) - 1), scale[r] + k / 32);
+            low[r] = _mm512_and_si512(v, lows);
+            high[r] = _mm512_and_si512(_mm512_srli_epi16(v, 4), lows);
+            by[r] = _mm512_permutevar_ps(_mm512_broadcast_f32x4(few), each);
+        }
+        for (int m = 0; m < M; m++) {
+            const int8_t* y = x + m * stride;
+            __m512i start = _mm512_loadu_si512(y), even = _mm512_loadu_si512(y + 64), odd = _mm512_loadu_si512(y + 128);
+            for (int r = 0; r < R; r++) {
+                __m512i sum = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(start, low[r], even), high[r], odd);
+                V& to = a[m * stride_a + r];
+                to.v = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), by[r], to.v);
+            }
+        }
+    }
+    template <int R, int M>
+    static inline void dots(const uint8_t* const* q, const float* const* scale, const int8_t* x, int64_t stride,
+                            int64_t size, int64_t ahead, float* out, int64_t stride_out) {
+        V a[16];
+        for (int i = 0; i < 16; i++) a[i] = zero();
+        int64_t k = 0;
+        constexpr int rows = M <= 2 ? 1 : R;  // at a time, as registers allow
+        for (; k + 128 <= size; k += 128, x += 192)
+            for (int r = 0; r < R; r += rows)
+                step<rows, R, M, true>(q + r, scale + r, k, 128, ahead, x, stride, a + r);
+        for (int r = 0; r < R && k < size; r += rows)
+            step<rows, R, M, false>(q + r, scale + r, k, size - k, ahead, x, stride, a + r);
+        spread<R, M>(sums(a).v, out, stride_out);
+    }
+    // As of 8 bits: for every 128 inputs the words of the even ones, then those of the odd ones; after all, the scales.
+    static inline void turn(const Weights& w, int64_t first, int64_t count, uint8_t* panel) {
+        const uint8_t* q[16];
+        const float* scale[16];
+        for (int r = 0; r < 16; r++) {
+            int64_t row = first + least(r, count - 1);
+            q[r] = w.q + row * w.stride;
+            scale[r] = w.scale + row * w.groups;
+        }
+        int64_t near = count == 16 ? LINEAR_AHEAD * w.stride : 0;
+        __m512i lows = _mm512_set1_epi8(15), a[16], high[16];
+        for (int64_t k = 0; k < w.size; k += 128) {
+            __mmask64 mask = w.size - k >= 128 ? ~0ull : (1ull << (w.size - k) / 2) - 1;
+            for (int r = 0; r < 16; r++) {
+                _mm_prefetch(reinterpret_cast<const char*>(q[r] + k / 2 + near), _MM_HINT_T1);
+                __m512i v = _mm512_maskz_loadu_epi8(mask, q[r] + k / 2);
+                a[r] = _mm512_and_si512(v, lows);
+                high[r] = _mm512_and_si512(_mm512_srli_epi16(v, 4), lows);
+            }
+            turn_words(a, panel + k * 16);
+            turn_words(high, panel + k * 16 + 1024);
+        }
+        auto* to = reinterpret_cast<float*>(panel + 16 * padded(w.size));
+        for (int64_t g = 0; g < w.groups; g++)
+            for (int r = 0; r < 16; r++) *to++ = scale[r][g];
+    }
+    template <int P, int M>
+    static inline void lanes(const uint8_t* panel, int64_t next, const int8_t* x, int64_t stride, int64_t size,
+                             float* out) {
+        __m512 total[M][P];
+        for (int m = 0; m < M; m++)
+            for (int p = 0; p < P; p++) total[m][p] = _mm512_setzero_ps();
+        const uint8_t* scales = panel + 16 * padded(size);
+        for (int64_t k = 0; k < size; k += 32, scales += 64) {
+            const int8_t* y = x + k / 128 * 192 + k % 128 / 2;
+            const uint8_t* from = panel + k / 128 * 2048 + k % 128 * 8;
+            __m512i a[M][P];
+            for (int m = 0; m < M; m++)
+                for (int p = 0; p < P; p++) a[m][p] = word_of(y + m * stride);
+            for (int i = 0; i < 8; i++) {
+                __m512i v[P];
+                for (int p = 0; p < P; p++)
+                    v[p] = _mm512_loadu_si512(from + p * next + i / 4 * 1024 + i % 4 * 64);
+                for (int m = 0; m < M; m++) {
+                    __m512i four = word_of(y + m * stride + 64 + i / 4 * 64 + i % 4 * 4);
+                    for (int p = 0; p < P; p++) a[m][p] = _mm512_dpbusd_epi32(a[m][p], v[p], four);
+                }
+            }
+            for (int p = 0; p < P; p++) {
+                __m512 by = _mm512_loadu_ps(scales + p * next);
+                for (int m = 0; m < M; m++)
+                    total[m][p] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(a[m][p]), by, total[m][p]);
+            }
+        }
+        for (int m = 0; m < M; m++)
+            for (int p = 0; p < P; p++) _mm512_storeu_ps(out + m * LINEAR_ROWS + 16 * p, total[m][p]);
+    }
+    static inline void products(const int8_t* x, int64_t stride, int64_t tokens, const Weights& w, int64_t first,
+                                int64_t count, float* sums, int8_t* room) {
+        if (tokens >= most(6, w.size / 96)) panels_of<Nibbles>(x, stride, tokens, w, first, count, sums, room);
+        else tile_of<Nibbles>(x, stride, tokens, w, first, count, sums);
+    }
+};
+
+void linear_q(const qr_op& op, Context& c) {
+    if (op.i[9] && op.i[7] == 8 && op.i[8] == op.i[2]) linear_integers_of<Bytes>(op, c);
+    else if (op.i[9] && op.i[7] == 4 && op.i[8] == 32) linear_integers_of<Nibbles>(op, c);
+    else if (op.i[9]) linear_integers_of<Plain>(op, c);
+    else if (type_a(op) != QR_BF16) linear_floats_of(op, c);
+    else if (type_c(op) == QR_F32) linear_floats<bf16, float, bf16>(op, c);
+    else linear_floats<bf16, bf16, bf16>(op, c);
+}
