@@ -40,8 +40,8 @@ def randn(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Ten
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-def close(got: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
-    spread = max(1e-3, expected.float().abs().max().item())
+def close(got: Tensor, expected: Tensor, dtype: torch.dtype, terms: float = 1e-3) -> bool:
+    spread = max(terms, expected.float().abs().max().item())
     return (got.float() - expected.float()).abs().max().item() <= BOUNDS[dtype] * spread
 
 
