@@ -34,10 +34,11 @@ TINY_LLAMA: dict[str, Any] = {
 
 
 def pytest_configure() -> None:
-    """Hypothesis: no deadline, since the machines that run this differ; `make soak` takes many more examples."""
+    """Hypothesis: no deadline, since the machines that run this differ, and the same examples in each run, so that a
+    change is judged by itself; `make soak` draws many more, other ones each time."""
     from hypothesis import settings
 
-    settings.register_profile("quire", deadline=None)
+    settings.register_profile("quire", deadline=None, derandomize=True)
     settings.register_profile("soak", deadline=None, max_examples=2000)
     if settings.get_current_profile_name() == "default":
         settings.load_profile("quire")
