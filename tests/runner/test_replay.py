@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -69,6 +71,13 @@ def test_a_step_too_large_for_the_buffers_runs_eagerly() -> None:
         params = SamplingParams(temperature=0.0, max_tokens=3, detokenize=False, ignore_eos=True)
         llm.generate({"prompt_token_ids": prompt}, params, use_tqdm=False)
         assert taken == [False, True, True]
+
+
+@needs_library
+def test_recording_imports_no_compiler() -> None:
+    """Torch's compiler takes a second to import, which nobody who starts an engine should wait for."""
+    code = "import sys; from quire import LLM; LLM(max_model_len=64); sys.exit('torch._dynamo' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
 def test_reference_ops_are_not_recorded() -> None:

@@ -95,6 +95,11 @@ class Recorder(Kernels):
 class _ViewsOnly(TorchDispatchMode):
     """Lets through what only looks at memory in another way; everything else would be missing from the program."""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Torch would import its compiler, for a second or more, to exclude this from it; nothing here is compiled."""
+        return False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         inputs = {t.untyped_storage().data_ptr() for t in _tensors(args)}
