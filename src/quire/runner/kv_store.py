@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,6 +16,7 @@ from quire.config.arch import ModelArch
 from quire.ops.cache import copy_pages
 from quire.types.kv import KVGroup
 from quire.types.plan import Ints
+from quire.utils.pages import untouched
 
 
 def page_bytes(arch: ModelArch, groups: tuple[KVGroup, ...], block_size: int, dtype: torch.dtype) -> int:
@@ -69,8 +69,7 @@ class KVStore:
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, pin: bool) -> Tensor:
     if device.type != "cpu" or pin:
         return torch.zeros(shape, dtype=dtype, device=device, pin_memory=pin)
-    # NumPy asks the system for zeroed memory, which costs nothing until it is used; torch would write the zeros.
-    return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)
+    return torch.from_numpy(untouched(math.prod(shape) * dtype.itemsize)).view(dtype).view(shape)
 
 
 def _ids(pairs: Ints) -> tuple[Tensor, Tensor]:

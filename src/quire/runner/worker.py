@@ -63,7 +63,8 @@ class Worker:
         table = RequestTable(
             config.scheduler.max_num_seqs, config.model.max_model_len, size, len(self.kv_groups), sampler, self.device
         )
-        replay = make_replay(model, table, store, self.device, config.model.enforce_eager)
+        budget = config.scheduler.max_num_batched_tokens
+        replay = make_replay(model, table, store, self.device, budget, config.model.enforce_eager)
         self._runner = ModelRunner(model, store, table, sampler, replay, self.device, config.scheduler.depth)
         if self.device.type == "cpu":
             _leave_the_cores_to_native_threads(model, self.ops)
