@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import mmap
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,7 +22,7 @@ from quire import LLM, SamplingParams
 from quire.ops.native.bound import kernels
 from quire.ops.native.library import load
 from quire.ops.native.recorder import Buffers
-from quire.runner.replay import NoReplay
+from quire.runner.replay import HostReplay, NoReplay
 
 needs_library = pytest.mark.skipif(isinstance(load(), str), reason=str(load()))
 STEP, ROWS = 150, 5
@@ -98,6 +100,8 @@ def test_steps_of_any_size_are_recorded(engines: tuple[LLM, LLM], shapes: list[t
         SamplingParams(temperature=0.0, max_tokens=m, logprobs=3, ignore_eos=True, detokenize=False) for _, m in shapes
     ]
     replay = replay_of(engines[0])
+    assert isinstance(replay, HostReplay) and isinstance(replay_of(engines[1]), NoReplay)
+    watch: Any = replay
     sizes: list[int] = []
     taken: list[bool] = []
     takes, most = replay.takes, min(STEP, kernels().few)
@@ -108,11 +112,11 @@ def test_steps_of_any_size_are_recorded(engines: tuple[LLM, LLM], shapes: list[t
             taken.append(takes(plan))
         return takes(plan)
 
-    replay.takes = watched
+    watch.takes = watched
     try:
         recorded, eager = ([o.outputs[0] for o in llm.generate(prompts, params, use_tqdm=False)] for llm in engines)
     finally:
-        replay.takes = takes
+        watch.takes = takes
     assert max(sizes) == min(STEP, sum(n for n, _ in shapes[:ROWS]))
     assert taken == [size <= most for size in sizes]
     assert [c.token_ids for c in recorded] == [c.token_ids for c in eager]
@@ -128,6 +132,34 @@ def test_buffers_are_touched_as_far_as_a_step_needs() -> None:
         params = SamplingParams(temperature=0.0, max_tokens=3, detokenize=False)
         llm.generate({"prompt_token_ids": [10, 11, 12]}, params, use_tqdm=False)
         assert sum(resident(each) for each in memory) < 4 << 20
+
+
+LEARNED = {
+    "gpt2": {"architectures": ["GPT2LMHeadModel"], "n_embd": 48, "n_layer": 2, "n_head": 3, "n_positions": 96},
+    "opt": {"architectures": ["OPTForCausalLM"], "word_embed_proj_dim": 48},
+    "opt-350m": {"architectures": ["OPTForCausalLM"], "word_embed_proj_dim": 24, "do_layer_norm_before": False},
+}
+OPT_SIZES = {"hidden_size": 48, "ffn_dim": 96, "num_hidden_layers": 2, "num_attention_heads": 3}
+
+
+@needs_library
+@pytest.mark.parametrize("kind", LEARNED)
+@pytest.mark.parametrize("quantization", [None, "int8"])
+def test_learned_positions_are_recorded(tmp_path: Path, kind: str, quantization: str | None) -> None:
+    raw: dict[str, Any] = {"vocab_size": 300, "max_position_embeddings": 96, "bos_token_id": 1, "eos_token_id": 2}
+    raw |= LEARNED[kind] | (OPT_SIZES if kind != "gpt2" else {})
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    params = SamplingParams(temperature=0.0, max_tokens=6, logprobs=2, ignore_eos=True, detokenize=False)
+    prompts = [{"prompt_token_ids": [(5 * i + j) % 250 + 10 for j in range(n)]} for i, n in enumerate((1, 70, 12))]
+    common: dict[str, Any] = {"load_format": "dummy", "dtype": "float32", "skip_tokenizer_init": True}
+    common["quantization"] = quantization
+    seen: list[Any] = []
+    for eager in (False, True):
+        with LLM(str(tmp_path), enforce_eager=eager, **common) as llm:
+            assert isinstance(replay_of(llm), NoReplay if eager else HostReplay)
+            seen.append([o.outputs[0] for o in llm.generate(prompts, params, use_tqdm=False)])
+    assert [c.token_ids for c in seen[0]] == [c.token_ids for c in seen[1]]
+    assert [c.logprobs for c in seen[0]] == [c.logprobs for c in seen[1]]
 
 
 @needs_library

@@ -163,9 +163,10 @@ class Kernels:
         self.pool.run(program.linear(x_TK, weight_NK, bias_N, out_TN, self.count(x_TK.shape[0])))
         return out_TN.view(*x.shape[:-1], weight_NK.shape[0])
 
-    def embedding(self, ids_T: Tensor, table_VD: Tensor, offset: int) -> Tensor:
+    def embedding(self, ids_T: Tensor, table_VD: Tensor, offset: int, add_TD: Tensor | None = None) -> Tensor:
+        add_TD = None if add_TD is None else _rows(add_TD)
         out_TD = self.empty((ids_T.shape[0], table_VD.shape[1]), table_VD.dtype)
-        self.pool.run(program.gather(ids_T, table_VD, out_TD, self.count(ids_T.shape[0]), offset))
+        self.pool.run(program.gather(ids_T, table_VD, out_TD, self.count(ids_T.shape[0]), offset, add_TD))
         return out_TD
 
     def quantized_linear(
@@ -178,9 +179,12 @@ class Kernels:
         self.pool.run(program.quantized_linear(x_TK, weight, bias_N, out_TN, self.count(x_TK.shape[0])))
         return out_TN.view(*x.shape[:-1], weight.shape[0])
 
-    def quantized_embedding(self, ids_T: Tensor, table: QuantizedWeight, offset: int, dtype: torch.dtype) -> Tensor:
+    def quantized_embedding(
+        self, ids_T: Tensor, table: QuantizedWeight, offset: int, dtype: torch.dtype, add_TD: Tensor | None = None
+    ) -> Tensor:
         if table.bits != 8 or table.scale_NG.shape[1] != 1 or table.q.stride(1) != 1:
-            return references.quantized_embedding(ids_T, table, offset, dtype)
+            return references.quantized_embedding(ids_T, table, offset, dtype, add_TD)
+        add_TD = None if add_TD is None else _rows(add_TD)
         out_TD = self.empty((ids_T.shape[0], table.shape[1]), dtype)
-        self.pool.run(program.quantized_gather(ids_T, table, out_TD, self.count(ids_T.shape[0]), offset))
+        self.pool.run(program.quantized_gather(ids_T, table, out_TD, self.count(ids_T.shape[0]), offset, add_TD))
         return out_TD

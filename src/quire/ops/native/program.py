@@ -122,12 +122,14 @@ def gather(
     return make(GATHER, TYPES[table_VD.dtype] | _small(tokens, size), (ids_T, table_VD, out_TD, add_TD), ints)
 
 
-def quantized_gather(ids_T: Tensor, table: QuantizedWeight, out_TD: Tensor, tokens: int, offset: int = 0) -> Operation:
+def quantized_gather(
+    ids_T: Tensor, table: QuantizedWeight, out_TD: Tensor, tokens: int, offset: int = 0, add_TD: Tensor | None = None
+) -> Operation:
     """As `gather`, from a table in 8 bits with one scale for each row."""
     rows, size = table.shape
-    ints = (tokens, size, rows, stride(table.q), stride(out_TD), offset)
+    ints = (tokens, size, rows, stride(table.q), stride(out_TD), offset, stride(add_TD))
     flags = TYPES[out_TD.dtype] | INT8 << 4 | _small(tokens, size)
-    return make(GATHER, flags, (ids_T, table.q, out_TD, None, table.scale_NG), ints)
+    return make(GATHER, flags, (ids_T, table.q, out_TD, add_TD, table.scale_NG), ints)
 
 
 def add(a_TD: Tensor, b_TD: Tensor, out_TD: Tensor, tokens: int) -> Operation:
