@@ -14,6 +14,8 @@ constexpr int ROWS_OF_ONE = 8, ROWS_OF_TWO = 8;  // weight rows at a time, for o
 #include "quantized_avx512.h"
 #include "attention_avx512.h"
 constexpr bool FAST_PAIRS = true;
+#define QR_PAIRS
 #include "attention.h"
 #include "table.h"
+#undef QR_PAIRS
 }  // namespace qr::avx512

@@ -163,7 +163,7 @@ def attention(
     """Attention of `rows` rows, the first `decodes` of one token each, over pages (2, N, B, K, E)."""
     _, _, block, kv_heads, size = kv.shape
     ints = (rows, decodes, q_THE.shape[1], kv_heads, size, block, stride(block_tables_RP), stride(q_THE),
-            stride(out_THE), kv.stride(2), window or 0)  # fmt: skip
+            stride(out_THE), kv.stride(2), window or 0, kv.stride(3))  # fmt: skip
     pointers = (q_THE, kv[0], kv[1], block_tables_RP, lengths_R, cu_q, out_THE, slopes_H)
     return make(ATTENTION, TYPES[q_THE.dtype], pointers, ints, (scale, softcap or 0.0))
 
