@@ -1,17 +1,35 @@
 // bf16 operands of attention for vdpbf16ps. Included inside the level's namespace, before attention.h.
 
-inline V products(const bf16* const* keys, int64_t at, const bf16* q, int64_t size) {
+inline __mmask32 words(int64_t n) { return n >= 32 ? ~__mmask32(0) : __mmask32((1ull << most(n, 0)) - 1); }
+
+template <int N, bool full>
+QR_ALWAYS V products_of(const bf16* const* keys, int64_t at, const bf16* q, int64_t left) {
+    __mmask32 last = full ? ~__mmask32(0) : words(left - 32 * (N - 1));
+    __m512bh x[N];
+#pragma GCC unroll 4
+    for (int n = 0; n < N; n++) x[n] = full || n < N - 1 ? pairs(q + 32 * n) : pairs(q + 32 * n, last);
     V a[16];
-    for (int i = 0; i < 16; i++) a[i] = zero();
-    for (int64_t e = 0; e < size; e += 32) {
-        __mmask32 mask = size - e >= 32 ? ~__mmask32(0) : __mmask32((1ull << (size - e)) - 1);
-        __m512bh x = pairs(q + e, mask);
-        for (int i = 0; i < 16; i++) a[i].v = _mm512_dpbf16_ps(a[i].v, pairs(keys[i] + at + e, mask), x);
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; i++) {
+        const bf16* k = keys[i] + at;
+        __m512 sum = _mm512_setzero_ps();
+#pragma GCC unroll 4
+        for (int n = 0; n < N; n++)
+            sum = _mm512_dpbf16_ps(sum, full || n < N - 1 ? pairs(k + 32 * n) : pairs(k + 32 * n, last), x[n]);
+        a[i].v = sum;
     }
     return sums(a);
 }
 
-inline void transpose(__m512i* r) {
+inline V products(const bf16* const* keys, int64_t at, const bf16* q, int64_t size) {
+    if (size == 64) return products_of<2, true>(keys, at, q, 64);
+    if (size == 128) return products_of<4, true>(keys, at, q, 128);
+    V all = zero();
+    for (int64_t e = 0; e < size; e += 32) all = add(all, products_of<1, false>(keys, at + e, q + e, size - e));
+    return all;
+}
+
+QR_ALWAYS void transpose(__m512i* r) {
     __m512i t[16];
     for (int i = 0; i < 16; i += 2) {
         t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
@@ -50,7 +68,6 @@ inline void interleave(__m512i a, __m512i b, __m512i& lo, __m512i& hi) {
     lo = _mm512_permutex2var_epi64(x, first, y), hi = _mm512_permutex2var_epi64(x, last, y);
 }
 
-inline __mmask32 words(int64_t n) { return n >= 32 ? ~__mmask32(0) : __mmask32((1ull << most(n, 0)) - 1); }
 inline __m512i row_of(const bf16* p, int64_t n) { return _mm512_maskz_loadu_epi16(words(n), p); }
 // Bytes become bf16 exactly.
 inline __m512i row_of(const int8_t* p, int64_t n) {
@@ -65,10 +82,13 @@ template <int G, int N, bool full>
 inline void weighted_pairs(const bf16* const* values, int64_t at, int64_t count, const bf16* p, int64_t stride,
                            int64_t left, float* out, int64_t padded) {
     __m512 a[G][2 * N];
+#pragma GCC unroll 8
     for (int g = 0; g < G; g++)
+#pragma GCC unroll 8
         for (int n = 0; n < 2 * N; n++) a[g][n] = _mm512_setzero_ps();
     for (int64_t j = 0; j < count; j += 2) {  // behind the last: the last again, with probability 0
         __m512bh v[2 * N];
+#pragma GCC unroll 8
         for (int n = 0; n < N; n++) {
             __m512i x, y;
             if (full) {
@@ -79,14 +99,18 @@ inline void weighted_pairs(const bf16* const* values, int64_t at, int64_t count,
             }
             v[2 * n] = (__m512bh)_mm512_unpacklo_epi16(x, y), v[2 * n + 1] = (__m512bh)_mm512_unpackhi_epi16(x, y);
         }
+#pragma GCC unroll 8
         for (int g = 0; g < G; g++) {
             __m512bh w = twice(p + g * stride + j);
+#pragma GCC unroll 8
             for (int n = 0; n < 2 * N; n++) a[g][n] = _mm512_dpbf16_ps(a[g][n], v[n], w);
         }
     }
     __m512i first = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
     __m512i last = _mm512_add_epi32(first, _mm512_set1_epi32(8));
+#pragma GCC unroll 8
     for (int g = 0; g < G; g++)
+#pragma GCC unroll 8
         for (int n = 0; n < N; n++) {
             float* to = out + g * padded + 32 * n;
             _mm512_storeu_ps(to, _mm512_permutex2var_ps(a[g][2 * n], first, a[g][2 * n + 1]));

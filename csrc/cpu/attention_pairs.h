@@ -11,23 +11,29 @@ constexpr float LOG2E = 1.44269504f;
 // larger: until then numbers grow by 2^8 at most, and the sums need not be scaled again.
 constexpr float SLACK = 8.0f;
 
-// 2^x to 7.5e-5 of its value (the result is rounded to bf16, 2e-3): 0 for -inf, NaN for NaN.
-inline __m512 power(__m512 x) {
-    __m512 f = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);  // 0 where x is infinite
-    __m512 p = _mm512_fmadd_ps(_mm512_set1_ps(0.0780245123f), f, _mm512_set1_ps(0.22606717f));
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.695833535f));
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.999925219f));
-    return _mm512_scalef_ps(p, x);
+// 2^x to 7.5e-5 of its value (the result is rounded to bf16, 2e-3): 2^-127, which a product takes for 0, for -inf;
+// NaN for NaN; x at most 100. Whole part
+// and fraction by sums, as these run beside the products.
+QR_ALWAYS __m512 power(__m512 x) {
+    x = _mm512_max_ps(_mm512_set1_ps(-126.0f), x);  // the second where either is NaN
+    __m512 magic = _mm512_set1_ps(12582912.0f), n = _mm512_add_ps(x, magic);
+    __m512 f = _mm512_sub_ps(x, _mm512_sub_ps(n, magic));
+    __m512 p = _mm512_fmadd_ps(_mm512_set1_ps(0.0551716618f), f, _mm512_set1_ps(0.242611122f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.693260987f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.999928074f));
+    return (__m512)_mm512_add_epi32((__m512i)p, _mm512_slli_epi32((__m512i)n, 23));
 }
 
 // s[m][32] = keys[m] . each of the 32 rows packed as [size / 2][32][2]; the maxima of each row so far.
 template <int M>
-inline void pair_scores(const bf16* const* keys, const bf16* q, int64_t size, float* s, __m512& top0, __m512& top1) {
+QR_ALWAYS void pair_scores(const bf16* const* keys, const bf16* q, int64_t size, float* s, __m512& top0, __m512& top1) {
     __m512 a[M][2];
+#pragma GCC unroll 8
     for (int m = 0; m < M; m++) a[m][0] = a[m][1] = _mm512_setzero_ps();
     int64_t e = 0;
     for (; e + 2 <= size; e += 2) {
         __m512bh x0 = pairs(q + e * LANES), x1 = pairs(q + e * LANES + 32);
+#pragma GCC unroll 8
         for (int m = 0; m < M; m++) {
             __m512bh y = twice(keys[m] + e);
             a[m][0] = _mm512_dpbf16_ps(a[m][0], x0, y);
@@ -36,12 +42,14 @@ inline void pair_scores(const bf16* const* keys, const bf16* q, int64_t size, fl
     }
     if (e < size) {  // an odd number: what lies behind a key may be anything
         __m512bh x0 = pairs(q + e * LANES), x1 = pairs(q + e * LANES + 32);
+#pragma GCC unroll 8
         for (int m = 0; m < M; m++) {
             __m512bh y = (__m512bh)_mm512_set1_epi32(keys[m][e].bits);
             a[m][0] = _mm512_dpbf16_ps(a[m][0], x0, y);
             a[m][1] = _mm512_dpbf16_ps(a[m][1], x1, y);
         }
     }
+#pragma GCC unroll 8
     for (int m = 0; m < M; m++) {
         _mm512_storeu_ps(s + m * LANES, a[m][0]);
         _mm512_storeu_ps(s + m * LANES + 16, a[m][1]);
@@ -51,20 +59,25 @@ inline void pair_scores(const bf16* const* keys, const bf16* q, int64_t size, fl
 
 // sums[m][32] (+)= values[pair][m][2] . probs[pair][32][2] over the pairs of keys.
 template <int M>
-inline void pair_outputs(const bf16* values, int64_t stride, const bf16* probs, int64_t count, float* sums, bool more) {
+QR_ALWAYS void pair_outputs(const bf16* values, int64_t stride, const bf16* probs, int64_t count, float* sums, bool more) {
     __m512 a[M][2];
+#pragma GCC unroll 8
     for (int m = 0; m < M; m++)
+#pragma GCC unroll 8
         for (int n = 0; n < 2; n++)
             a[m][n] = more ? _mm512_loadu_ps(sums + m * LANES + 16 * n) : _mm512_setzero_ps();
     for (int64_t j = 0; j < count; j++) {
         __m512bh x0 = pairs(probs + j * 2 * LANES), x1 = pairs(probs + j * 2 * LANES + 32);
+#pragma GCC unroll 8
         for (int m = 0; m < M; m++) {
             __m512bh y = twice(values + j * stride + 2 * m);
             a[m][0] = _mm512_dpbf16_ps(a[m][0], x0, y);
             a[m][1] = _mm512_dpbf16_ps(a[m][1], x1, y);
         }
     }
+#pragma GCC unroll 8
     for (int m = 0; m < M; m++)
+#pragma GCC unroll 8
         for (int n = 0; n < 2; n++) _mm512_storeu_ps(sums + m * LANES + 16 * n, a[m][n]);
 }
 
@@ -165,8 +178,10 @@ inline void pair_soften(const PairStep& t, float* s, __m512 top0, __m512 top1, f
                                                       _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13,
                                                                         14, 15)));
     for (int64_t j = 0; j < t.here; j += 2)
+#pragma GCC unroll 2
         for (int n = 0; n < 2; n++) {
             __m512 p[2];
+#pragma GCC unroll 2
             for (int k = 0; k < 2; k++) {
                 p[k] = power(_mm512_fmsub_ps(_mm512_loadu_ps(s + (j + k) * LANES + 16 * n), c, base[n]));
                 total[n] = _mm512_add_ps(total[n], p[k]);
