@@ -28,6 +28,9 @@ from quire.types.kv import KVGroup
 from quire.types.plan import Plan, StepResult
 
 
+KV_DTYPES = DTYPES | {"int8": torch.int8}
+
+
 class Worker:
     """`num_blocks` and `num_host_blocks` KV pages for the layers of `kv_groups`.
 
@@ -50,7 +53,7 @@ class Worker:
             arch.vocab_size, self.device, config.model.max_logprobs, processors, config.model.logprobs_mode
         )
         self.kv_groups: tuple[KVGroup, ...] = kv_groups(arch, config.model.max_model_len)
-        kv_dtype = DTYPES.get(config.cache.kv_cache_dtype, dtype)
+        kv_dtype = KV_DTYPES[config.cache.kv_cache_dtype]
         self.num_blocks = memory.num_blocks(config, self.kv_groups, kv_dtype, self.device)
         self.num_host_blocks = memory.num_host_blocks(config, self.kv_groups, kv_dtype)
         try:

@@ -138,7 +138,7 @@ class Kernels:
         softcap: float | None = None,
         slopes_H: Tensor | None = None,
     ) -> Tensor:
-        if kv.dtype != q_THE.dtype or not kv[0].is_contiguous():
+        if kv.dtype not in (q_THE.dtype, torch.int8) or not kv[0].is_contiguous():
             return reference.attention(q_THE, k_TKE, v_TKE, kv, group, meta, scale, window, softcap, slopes_H)
         q_THE, k_TKE, v_TKE = _heads(q_THE), _heads(k_TKE), _heads(v_TKE)
         out_THE = self.empty(q_THE.shape, q_THE.dtype)
