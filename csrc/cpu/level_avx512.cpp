@@ -16,6 +16,7 @@ constexpr int ROWS_OF_ONE = 8, ROWS_OF_TWO = 8;  // weight rows at a time, for o
 constexpr bool FAST_PAIRS = true;
 #define QR_PAIRS
 #include "attention.h"
+#include "sampling.h"
 #include "table.h"
 #undef QR_PAIRS
 }  // namespace qr::avx512

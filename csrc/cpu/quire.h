@@ -115,6 +115,15 @@ enum {
      *    9 dynamic */
     QR_LINEAR_Q = 10,
 
+    /* One token from each row of float32 logits, by `sample` of quire's ops/sampling.py: x / temperature (in place),
+     * min_p, top_k and top_p as a threshold, then the largest sum with Gumbel noise. -1 for a row that cannot be decided
+     * here: its maximum is not finite, some number is NaN, or two scores are too close.
+     * p: 0 x, 1 temperature float32, 2 log min_p float32 (-inf: off), 3 top_k int64 (0: off), 4 top_p float64 (1: off),
+     *    5 greedy uint8, 6 seed int64, 7 sample int64, 8 position int64, 9 token int64, 10 largest x float32,
+     *    11 threshold float32
+     * i: 0 S#, 1 V, 2 stride x */
+    QR_SAMPLE = 11,
+
     QR_OPS
 };
 

@@ -20,7 +20,7 @@ from quire.ops.native.library import Dims, Operation, Pool
 if TYPE_CHECKING:
     from quire.ops.linear import QuantizedWeight
 
-NOP, LINEAR, RMS_NORM, LAYER_NORM, ACTIVATION, GATHER, ADD, HEADS, ATTENTION, ARGMAX, LINEAR_Q = range(11)
+NOP, LINEAR, RMS_NORM, LAYER_NORM, ACTIVATION, GATHER, ADD, HEADS, ATTENTION, ARGMAX, LINEAR_Q, SAMPLE = range(12)
 GATED, SOLO = 1 << 16, 1 << 17
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 INT8 = 3
@@ -178,6 +178,15 @@ def argmax(x_SV: Tensor, index_S: Tensor, value_S: Tensor | None, rows: int) -> 
     """Index (int64) and value (float32) of the largest number of each row, as `ops.sampling.draw_greedy`."""
     flags = TYPES[x_SV.dtype] | _small(rows, x_SV.shape[1])
     return make(ARGMAX, flags, (x_SV, index_S, value_S), (rows, x_SV.shape[1], stride(x_SV)))
+
+
+def sample(
+    x_SV: Tensor, temperature_S: Tensor, log_min_p_S: Tensor, top_k_S: Tensor, top_p_S: Tensor, greedy_S: Tensor,
+    noise: Sequence[Tensor], tokens_S: Tensor, top_S: Tensor, low_S: Tensor, rows: int,
+) -> Operation:  # fmt: skip
+    """A token of each row as `ops.sampling.sample` (whose arguments these are), -1 where this cannot tell."""
+    pointers = (x_SV, temperature_S, log_min_p_S, top_k_S, top_p_S, greedy_S, *noise, tokens_S, top_S, low_S)
+    return make(SAMPLE, _small(rows, x_SV.shape[1]), pointers, (rows, x_SV.shape[1], stride(x_SV)))
 
 
 class Program:
