@@ -15,6 +15,9 @@ constexpr int ROWS_OF_FEW = 8;  // weight rows at a time, for one or two tokens
 #include "lanes_avx512.h"
 #include "attention_avx512.h"
 constexpr bool FAST_PAIRS = true;
+#define QR_PAIRS
 #include "attention.h"
+#include "sampling.h"
 #include "table.h"
+#undef QR_PAIRS
 }  // namespace qr::avx512

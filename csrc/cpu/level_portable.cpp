@@ -14,5 +14,6 @@ void linear(const qr_op& op, Context& c) { linear_generic(op, c); }
 void linear_q(const qr_op& op, Context& c) { linear_q_generic(op, c); }
 constexpr bool FAST_PAIRS = false;
 #include "attention.h"
+#include "sampling.h"
 #include "table.h"
 }  // namespace qr::portable

@@ -16,6 +16,7 @@ from quire.models.base import CausalLM, kv_groups
 from quire.ops.dispatch import Binder
 from quire.ops.native.bound import kernels_of
 from quire.ops.native.kernels import ANY
+from quire.ops.sampling import SAMPLE
 from quire.runner import memory
 from quire.runner.kv_store import KVStore
 from quire.runner.logits import load_processors
@@ -26,6 +27,9 @@ from quire.runner.table import RequestTable
 from quire.types.errors import ClientError
 from quire.types.kv import KVGroup
 from quire.types.plan import Plan, StepResult
+
+
+KV_DTYPES = DTYPES | {"int8": torch.int8}
 
 
 class Worker:
@@ -47,10 +51,15 @@ class Worker:
         model = cast(CausalLM, load_model(config, self.device, self.ops))
         processors = load_processors(config.model.logits_processors, arch.vocab_size, self.device)
         sampler = Sampler(
-            arch.vocab_size, self.device, config.model.max_logprobs, processors, config.model.logprobs_mode
+            arch.vocab_size,
+            self.device,
+            config.model.max_logprobs,
+            processors,
+            config.model.logprobs_mode,
+            self.ops.bind(SAMPLE),
         )
         self.kv_groups: tuple[KVGroup, ...] = kv_groups(arch, config.model.max_model_len)
-        kv_dtype = DTYPES.get(config.cache.kv_cache_dtype, dtype)
+        kv_dtype = KV_DTYPES[config.cache.kv_cache_dtype]
         self.num_blocks = memory.num_blocks(config, self.kv_groups, kv_dtype, self.device)
         self.num_host_blocks = memory.num_host_blocks(config, self.kv_groups, kv_dtype)
         try:
