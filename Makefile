@@ -4,7 +4,7 @@
 #   make check   ruff, pyright, the layer contract
 #   make native  compile the native library again (an install compiles it too)
 #   make bench   throughput, latency and start-up of the bundled model on this machine
-#   make bench-cpu        quire beside its peers on this CPU (half an hour; ARGS="--help" tells how to do less)
+#   make bench-cpu        quire beside its peers on this CPU (ARGS="--minutes 8", repeated until it is whole)
 #   make bench-cpu-peers  install those peers, each in a virtual environment under .bench
 #   make docs    write the generated pages, check links
 #   make soak    the random-workload tests, many more examples

@@ -23,6 +23,8 @@ LOOKS = {
     "transformers": ("#64748b", "v"),
 }
 OURS, LIMIT = "#dc2626", "#0f172a"
+TITLES = {"C1": "one request", "C2": "many requests", "C3": "long prompt", "C4": "shared prefix", "C5": "start"}
+SIZES = {"m135": "135M", "m1b": "1B"}
 UNITS = {"ms per token": "ms/token", "output tokens/s": "tokens/s"}
 
 
@@ -33,7 +35,7 @@ def draw(found: Sequence[Row], path: Path) -> None:
 
     matplotlib.use("svg")
     # The same rows give the same file.
-    matplotlib.rcParams |= {"svg.hashsalt": "quire", "font.size": 11, "font.family": "sans-serif"}
+    matplotlib.rcParams |= {"svg.hashsalt": "quire", "font.size": 11, "svg.fonttype": "none"}
     from matplotlib import pyplot
 
     found = [r for r in found if r.workload != "memory"]
@@ -71,7 +73,8 @@ def draw(found: Sequence[Row], path: Path) -> None:
 def label(r: Row) -> str:
     """A line's name and quire's figure."""
     unit = UNITS.get(r.metric.unit, r.metric.unit)
-    return f"{r.workload} {r.model} {r.precision}:  {number(r.pair.ours)} {unit}"
+    name = f"{TITLES[r.workload]}, {SIZES.get(r.model, r.model)} {r.precision}"
+    return f"{name}: {number(r.pair.ours)} {unit}"
 
 
 def main() -> None:

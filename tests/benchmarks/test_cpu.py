@@ -269,7 +269,8 @@ def test_the_picture_has_a_line_for_each_workload_and_is_the_same_each_time(tmp_
         plot.draw(rows, tmp_path / name)
     drawn = (tmp_path / "a.svg").read_text()
     assert drawn == (tmp_path / "b.svg").read_text()
-    assert all(f"{name} m135 bf16" in drawn for name in workloads.NAMES) and "memory" not in drawn
+    titles = ("one request", "many requests", "long prompt", "shared prefix", "start")
+    assert all(f"{title}, 135M bf16: 2.00 " in drawn for title in titles) and "memory" not in drawn
 
 
 def test_bounds() -> None:
