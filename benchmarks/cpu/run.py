@@ -73,7 +73,7 @@ class Run:
 def main(argv: Sequence[str] | None = None) -> Results:
     args = parse(argv)
     try:
-        results = Results.resume(args.json, circumstances(args.threads))
+        results = Results.resume(args.json, circumstances(args))
     except ValueError as error:
         sys.exit(str(error))
     results.left_out.clear()  # what is missing is tried again
@@ -113,10 +113,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def circumstances(threads: int) -> dict[str, Any]:
+def circumstances(args: argparse.Namespace) -> dict[str, Any]:
     """What must be the same for figures to stand in one file."""
-    source = digest(Path(quire.__file__).parent)
-    return {"processor": devices.cpu_name(), "cores": devices.physical_cores(), "threads": threads, "quire": source}
+    machine = {"processor": devices.cpu_name(), "cores": devices.physical_cores(), "threads": args.threads}
+    return {**machine, "repeats": args.repeats, "quire": digest(Path(quire.__file__).parent)}
 
 
 def planned(args: argparse.Namespace) -> Iterator[list[Key]]:
