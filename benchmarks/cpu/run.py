@@ -203,7 +203,8 @@ def turns(run: Run, cell: Cell, begun: float, measure: Measure) -> bool:
         requests = workloads.build(cell.workload, cell.model, number)
         start = time.monotonic()
         for name in cell.rounds:
-            if number != workloads.WARM_UP and len(cell.clean(name)) >= cell.wanted[name]:
+            wanted = cell.wanted[name]
+            if len(cell.clean(name)) >= wanted or len(cell.rounds[name]) >= 2 * wanted:
                 continue
             run.patience.wait(run.deadline)
             found = measure(name, requests)

@@ -138,6 +138,17 @@ def test_turns_go_on_until_enough_rounds_were_quiet(tmp_path: Path, others: Call
     assert Results.read(tmp_path / "cpu.json").cells[KEY].rounds == made.rounds
 
 
+def test_a_slow_start_is_measured_once(tmp_path: Path) -> None:
+    made, asked = Cell.new((*KEY[:2], "C5", "vllm"), 3, "now"), list[str]()
+
+    def measure(name: str, requests: list[Request]) -> dict[str, float]:
+        asked.append(name)
+        return {"first_token_s": 60.0 if name == "vllm" else 1.0, "others_cores": 0.0}
+
+    assert run.turns(go(tmp_path), made, time.monotonic(), measure)
+    assert (asked.count("vllm"), asked.count("quire")) == (2, 4) and made.wanted == {"quire": 3, "vllm": 1}
+
+
 def test_what_does_not_fit_is_left_for_the_next_go_unless_it_is_the_first(tmp_path: Path) -> None:
     rounds: list[tuple[str, float]] = []
     made = Cell.new(KEY, 2, "now")
