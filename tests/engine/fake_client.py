@@ -130,6 +130,9 @@ class FakeClient:
             out.append(Delta(s.request.id, i, tokens, finish=finish, cumulative_logprob=-1.0 - i))
         return out
 
+    def wake(self) -> None:
+        pass
+
     @property
     def has_work(self) -> bool:
         return bool(self.live or any(self.pipe))

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 class Status(enum.IntEnum):
     WAITING = 0  # in the queue; no row, no device blocks (perhaps host blocks)
     RUNNING = 1  # has a row
-    PARKED = 2  # a preempted beam whose candidates are in and whose siblings' are not
+    PARKED = 2  # held back, or a preempted beam whose candidates are in and whose siblings' are not
     FINISHED = 3
 
 
@@ -68,8 +68,22 @@ class Job:
     """
 
     __slots__ = (
-        "arrival", "cached_tokens", "decoding", "eos", "forked", "limit", "live", "priority", "prompt_length",
-        "prompt_logprobs", "prompt_logprobs_end", "request", "root", "skip_cache", "stops",
+        "arrival",
+        "cached_tokens",
+        "decoding",
+        "eos",
+        "forked",
+        "limit",
+        "live",
+        "preemptions",
+        "priority",
+        "prompt_length",
+        "prompt_logprobs",
+        "prompt_logprobs_end",
+        "request",
+        "root",
+        "skip_cache",
+        "stops",
     )  # fmt: skip
 
     def __init__(self, request: Request, decoding: Decoding, arrival: int, limit: int, priority: int) -> None:
@@ -83,6 +97,7 @@ class Job:
         self.live: dict[int, Sequence] = {}
         self.forked = False
         self.cached_tokens: int | None = None
+        self.preemptions = 0
         self.prompt_logprobs: list[PromptLogprobs] = []
         params = decoding.row_params()
         self.prompt_logprobs_end = self.prompt_length if params.prompt_logprobs is None else 1

@@ -19,6 +19,9 @@ from quire.types.errors import ClientError
 
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _MODES = ("auto", "hf", "slow")
+_LONG = (
+    2_000  # characters; a batch, even of one text, is tokenized without Python's lock: other threads go on meanwhile
+)
 _FILES = ("tokenizer*", "vocab.*", "*.model", "*.tiktoken", "tekken.json")
 
 
@@ -82,6 +85,8 @@ class FastTokenizer:
         self.backend.add_special_tokens([t for t in dict.fromkeys(texts) if t not in special])
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        if len(text) > _LONG:
+            return self.encode_batch([text], add_special_tokens)[0]
         return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
 
     def encode_batch(self, texts: Sequence[str], add_special_tokens: bool = True) -> list[list[int]]:
