@@ -56,6 +56,7 @@ class FakeClient:
         self.ended: list[tuple[str, int, int]] = []
         self.aborted: list[str] = []
         self.closed = False
+        self.progress = 0.0
         self.on_step: Callable[[int], None] = lambda n: None
         self.steps = 0
         self.generated = 0

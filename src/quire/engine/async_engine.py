@@ -11,6 +11,7 @@ import asyncio
 import itertools
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -35,44 +36,53 @@ INPUT_THREADS = 4
 INLINE_CHARACTERS = 2_000  # of text to tokenize: a fraction of a millisecond, less than handing it to a thread
 
 
-class Stream:
-    """The outputs of one request, as they come. `id` is the core's; a name may be used again, an id never."""
+class Mailbox:
+    """Where the outputs of some requests arrive, by keys that the reader chose."""
 
-    def __init__(self, id: str, name: str, abort: Callable[[Stream], None]) -> None:
-        self.id, self.name = id, name
+    def __init__(self) -> None:
         self.loop = asyncio.get_running_loop()
-        self.over = False
-        self._abort = abort
-        self._items: deque[RequestOutput | Exception] = deque()
+        self._items: deque[tuple[int, RequestOutput | Exception]] = deque()
         self._waiter: asyncio.Future[None] | None = None
 
-    async def get(self) -> list[RequestOutput]:
-        """All outputs that are there, at least one. Raises EngineError where the engine failed or the request's own
-        work did. After the last output `over` is true."""
+    async def get(self) -> list[tuple[int, RequestOutput | Exception]]:
+        """All that is there, at least one."""
         while not self._items:
             self._waiter = self.loop.create_future()
             try:
                 await self._waiter
             finally:
                 self._waiter = None
-        found: list[RequestOutput] = []
-        while self._items and not isinstance(self._items[0], Exception):
-            found.append(self._items.popleft())  # type: ignore[arg-type]
-        if not found:
-            self.over = True
-            raise self._items.popleft()  # type: ignore[misc]
-        self.over = found[-1].finished
+        found = list(self._items)
+        self._items.clear()
         return found
 
-    def put(self, item: RequestOutput | Exception) -> None:
-        """In the event loop: one more output, or why there are no more."""
-        self._items.append(item)
+    def put(self, key: int, item: RequestOutput | Exception) -> None:
+        """In the event loop."""
+        self._items.append((key, item))
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
-    def close(self) -> None:
-        """Nobody reads any more: the request is aborted, unless it is over."""
+
+class Stream:
+    """The outputs of one request, on their way to `box`. `id` is the core's; a name may be used again, an id never.
+    `over`: the last output, or an error, is in the box."""
+
+    def __init__(self, id: str, name: str, box: Mailbox, key: int, abort: Callable[[Stream], None]) -> None:
+        self.id, self.name, self.box, self.key = id, name, box, key
+        self.over = False
+        self._abort = abort
+
+    def put(self, item: RequestOutput | Exception) -> None:
+        """In the event loop: one more output, or why there are no more."""
         if not self.over:
+            self.over = isinstance(item, Exception) or item.finished
+            self.box.put(self.key, item)
+
+    def close(self, error: Exception | None = None) -> None:
+        """The request is aborted, unless it is over; who reads the box gets `error`."""
+        if not self.over:
+            if error is not None:
+                self.box.put(self.key, error)
             self.over = True
             self._abort(self)
 
@@ -102,6 +112,8 @@ class AsyncLLM:
         self._calls: set[Future[Any]] = set()
         self._stopping = False
         self._error: Exception | None = None
+        self._busy_since = 0.0
+        self._unadded = 0
         self._ids = itertools.count()
         self._pool = ThreadPoolExecutor(INPUT_THREADS, "quire-inputs")
         made: Future[LLMEngine] = Future()
@@ -135,11 +147,16 @@ class AsyncLLM:
         (draft,) = await self.prepare(
             [prompt], [params], lora_request=lora_request, add_special_tokens=add_special_tokens
         )
-        stream = self.submit(draft, request_id, priority)
+        box = Mailbox()
+        stream = self.submit(draft, request_id, priority, box)
         try:
-            while not stream.over:
-                for output in await stream.get():
-                    yield output
+            last = False
+            while not last:
+                for _, item in await box.get():
+                    if isinstance(item, Exception):
+                        raise item
+                    last = item.finished
+                    yield item
         finally:
             stream.close()
 
@@ -168,9 +185,28 @@ class AsyncLLM:
             return function()
         return await asyncio.get_running_loop().run_in_executor(self._pool, function)
 
-    def submit(self, draft: Draft, request_id: str | None = None, priority: int = 0) -> Stream:
-        """Start a prepared prompt. Close the stream when nobody reads it any more. Raises EngineError."""
-        return self._submit(draft, request_id, priority)
+    def submit(
+        self, draft: Draft, request_id: str | None, priority: int = 0, box: Mailbox | None = None, key: int = 0
+    ) -> Stream:
+        """Start a prepared prompt; its outputs go to `box`, under `key`. Close the stream when nobody reads it any
+        more. Raises EngineError."""
+        return self._submit(draft, request_id, priority, box or Mailbox(), key)
+
+    async def post(self, function: Callable[[], T]) -> T:
+        """The result of `function`, called in the engine's thread between two steps. Raises what it raises."""
+        return await self._call(function)
+
+    @property
+    def unadded(self) -> int:
+        """Requests that were submitted and have not come to the engine yet."""
+        return self._unadded
+
+    def stalled(self) -> float:
+        """Seconds for which there has been work and nothing was computed."""
+        with self._wake:
+            if not self._streams:
+                return 0.0
+            return time.monotonic() - max(self._busy_since, self._engine.client.progress)
 
     async def abort(self, request_id: str | Iterable[str]) -> None:
         """End requests by name. Who waits for them gets a last output, with the finish reason "abort"."""
@@ -220,16 +256,19 @@ class AsyncLLM:
         if threading.current_thread() is not self._thread:
             self._thread.join(timeout)
 
-    def _submit(self, draft: Draft, name: str | None, priority: int) -> Stream:
+    def _submit(self, draft: Draft, name: str | None, priority: int, box: Mailbox, key: int) -> Stream:
         number = next(self._ids)
         name = f"request-{number}" if name is None else name
-        stream = Stream(f"{name}#{number}", name, self._left)
+        stream = Stream(f"{name}#{number}", name, box, key, self._left)
         with self._wake:
             if self._error is not None:
                 raise _copy(self._error)
             if name in self._streams:
                 raise ClientError(f"request id {name!r} is already in use", "request_id", name)
+            if not self._streams:
+                self._busy_since = time.monotonic()
             self._streams[name] = stream
+            self._unadded += 1
             self._inbox.append(lambda: self._add(stream, draft, priority))
             self._wake.notify()
         self._engine.client.wake()
@@ -306,12 +345,14 @@ class AsyncLLM:
         return not stopping
 
     def _add(self, stream: Stream, draft: Draft, priority: int) -> None:
+        with self._wake:
+            self._unadded -= 1
         try:
             self._engine.add(draft, stream.id, priority, stream.name)
         except QuireError as e:  # the core refused it: say, a pool too small for its prompt
             with self._wake:
                 self._streams.pop(stream.name, None)
-            self._hand_over(stream.loop, [(stream, e)])
+            self._hand_over(stream.box.loop, [(stream, e)])
 
     def _abort(self, stream: Stream) -> None:
         if self._streams.get(stream.name) is stream:  # else it has ended meanwhile, and the name may be another's
@@ -332,7 +373,7 @@ class AsyncLLM:
                         del self._streams[stream.name]
             else:
                 item = output
-            by_loop.setdefault(stream.loop, []).append((stream, item))
+            by_loop.setdefault(stream.box.loop, []).append((stream, item))
         for loop, items in by_loop.items():
             self._hand_over(loop, items)
 
@@ -364,7 +405,7 @@ class AsyncLLM:
                 future.set_exception(_copy(error))
         for stream in streams:
             try:
-                stream.loop.call_soon_threadsafe(stream.put, _copy(error))
+                stream.box.loop.call_soon_threadsafe(stream.put, _copy(error))
             except RuntimeError:  # its event loop was closed
                 logger.debug("request %s had no event loop left", stream.name)
 

@@ -62,6 +62,7 @@ class EngineCore:
         self._trial = Trial(self._scheduler.reached)
         self._times: dict[str, Times] = {}
         self.step_tokens = 0
+        self.progress = time.monotonic()  # when something was last computed
 
     def step(self) -> list[Delta]:
         """Keep the device busy, then take in the oldest result. Raises `EngineError` if the workers are gone.
@@ -78,6 +79,7 @@ class EngineCore:
             deltas = self._scheduler.commit(plan, pending.result())
             self._inflight.popleft()
             self.step_tokens = int(plan.counts.sum())
+            self.progress = time.monotonic()
             if self._trial.passed():
                 self._scheduler.only(self._trial.running)
             self._tell(deltas, plan.number)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import io
 import time
 from collections.abc import Callable, Iterable, Sequence
+from typing import Protocol
 
 import msgspec
 
@@ -30,14 +31,24 @@ class End(msgspec.Struct, frozen=True):
     at: int
 
 
-class Observer:
-    """Told what the output side sees, for metrics. This one does not care."""
+class Observer(Protocol):
+    """Told what the output side sees, for metrics."""
 
     def between(self, seconds: float, tokens: int) -> None:
         """`tokens` new tokens of a stream came `seconds` after the last ones."""
 
     def ended(self, request: Request, metrics: RequestMetrics, reasons: list[str], cached: int | None) -> None:
         """A request is over, for `reasons`: one for each of its sequences. `cached`: prompt tokens of the cache's."""
+
+
+class Unobserved:
+    """For those who want no metrics."""
+
+    def between(self, seconds: float, tokens: int) -> None:
+        pass
+
+    def ended(self, request: Request, metrics: RequestMetrics, reasons: list[str], cached: int | None) -> None:
+        pass
 
 
 class OutputProcessor:
@@ -47,7 +58,7 @@ class OutputProcessor:
         self._detokenizer = detokenizer
         self._clock = clock
         self._requests: dict[str, _RequestState] = {}
-        self.observer: Observer = Observer()
+        self.observer: Observer = Unobserved()
 
     def add(self, request: Request, prompt: str | None = None, name: str | None = None) -> None:
         """Expect the deltas of `request`. `prompt` is its text if known; `name` is the id that its outputs carry, where

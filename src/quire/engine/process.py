@@ -13,6 +13,7 @@ import logging
 import os
 import tempfile
 import time
+from collections import deque
 from typing import Any
 
 import msgspec
@@ -32,6 +33,7 @@ _SERVE = "quire.engine.serve:serve"
 _SOCKET = "core"
 _STOP_S = 5.0  # how long the core may take to end when asked
 _CALL_S = 120.0
+COUNTERS = ("preemptions", "prefix_queries", "prefix_hits", "prompt_tokens", "generation_tokens")
 HELLO = 0  # the number of a call that only wants an answer
 MAX_DEATHS = 2  # of the core under one request
 MAX_STARTS = 3  # in a row that fail, or that no step follows
@@ -89,12 +91,13 @@ class ProcessClient:
         self._replies: dict[int, wire.Reply] = {}
         self._calls = 0
         self._stats = EngineStats()
+        self._before: EngineStats | None = None
         self._sent = 0
         self._closed = False
         self._ready = False
         self._starts = 0
         self.restarts = 0
-        self.steps: list[int] = []  # how many tokens each step computed, till somebody takes them
+        self.steps: deque[int] = deque(maxlen=100_000)  # how many tokens each step computed, till somebody asks
         self.progress = time.monotonic()  # when something last moved, or there was nothing to move
         self.seconds: dict[str, float] = {}
         self._start()
@@ -152,13 +155,17 @@ class ProcessClient:
         return self._ready
 
     def stats(self) -> EngineStats:
-        """As of the core's last step."""
-        return self._stats
+        """As of the core's last step; counters go on where the last process left off."""
+        return self._stats if self._before is None else _added(self._stats, self._before)
 
     @property
     def unseen(self) -> int:
         """Requests that the last statistics do not know of yet."""
         return self._sent - self._stats.received
+
+    def take_steps(self) -> list[int]:
+        """How many tokens each step since the last call computed. From any thread."""
+        return [self.steps.popleft() for _ in range(len(self.steps))]
 
     def reset_prefix_cache(self) -> bool:
         return self.call("reset_prefix_cache")
@@ -288,6 +295,7 @@ class ProcessClient:
         if text:
             log.error("%s", text)
         self.restarts += 1
+        self._before, self._stats = self.stats(), EngineStats()
         for name, live in list(self._live.items()):
             live.deaths += 1
             if live.deaths >= MAX_DEATHS:
@@ -297,6 +305,10 @@ class ProcessClient:
 
     def _send(self, message: wire.ToCore) -> None:
         self._socket.send(wire.encode(message))
+
+
+def _added(now: EngineStats, before: EngineStats) -> EngineStats:
+    return msgspec.structs.replace(now, **{name: getattr(now, name) + getattr(before, name) for name in COUNTERS})
 
 
 def _unlink(folder: str, name: str) -> None:

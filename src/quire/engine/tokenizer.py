@@ -19,9 +19,7 @@ from quire.types.errors import ClientError
 
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _MODES = ("auto", "hf", "slow")
-_LONG = (
-    2_000  # characters; a batch, even of one text, is tokenized without Python's lock: other threads go on meanwhile
-)
+_LONG = 2_000  # characters; a batch, even of one text, is tokenized without Python's lock, so that others go on
 _FILES = ("tokenizer*", "vocab.*", "*.model", "*.tiktoken", "tekken.json")
 
 
@@ -87,10 +85,16 @@ class FastTokenizer:
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         if len(text) > _LONG:
             return self.encode_batch([text], add_special_tokens)[0]
-        return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        try:
+            return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        except TypeError as e:
+            raise _no_text(e) from e
 
     def encode_batch(self, texts: Sequence[str], add_special_tokens: bool = True) -> list[list[int]]:
-        return [e.ids for e in self.backend.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)]
+        try:
+            return [e.ids for e in self.backend.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)]
+        except TypeError as e:
+            raise _no_text(e) from e
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True, spaces_between: bool = True) -> str:
         return self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
@@ -224,6 +228,10 @@ def _templates(given: Any) -> dict[str, str]:
 
 def _text(token: Any) -> str | None:
     return token.get("content") if isinstance(token, dict) else token
+
+
+def _no_text(error: TypeError) -> ClientError:
+    return ClientError(f"a text is not valid Unicode: it holds half of a surrogate pair ({error})", "prompt")
 
 
 def _line(error: Exception) -> str:

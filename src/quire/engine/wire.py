@@ -1,7 +1,7 @@
 """What a front end and a core in another process say to each other, as msgpack.
 
-Owns: the messages and their encoding. A front end sends `ToCore`, one after the other; the core answers with `FromCore`.
-Nothing on the wire can carry code: no pickles.
+Owns: the messages and their encoding. A front end sends `ToCore`, the core answers with `FromCore`. Nothing on the wire
+can carry code: no pickles.
 """
 
 from __future__ import annotations
