@@ -29,6 +29,7 @@ GROUPS = (
     "Scheduler",
     "Parallel",
     "Device",
+    "Structured output",
     "Observability",
     "Server",
     "Not yet in quire",
@@ -150,6 +151,10 @@ class EngineArgs(_Checked):
 
     ops: dict[str, Any] = arg({}, "Implementations that must be used, by operation (`*`: all others), as `quire env` lists them; say {\"*\": \"reference\"} for plain PyTorch.", "Device")
 
+    reasoning_parser: str = arg("", "How the reasoning of a model's answers is told from their content: deepseek_r1, qwen3, `tags:<start>,<end>`, or the name of a plugin. Structured outputs then begin when the reasoning has ended.", "Structured output")
+    structured_outputs_config: dict[str, Any] | None = arg(None, "Of vLLM's keys: `disable_any_whitespace`, `disable_additional_properties`, `reasoning_parser`, `enable_in_reasoning` (constraints hold from the first token), `backend` (`auto` or `guidance`).", "Structured output")
+    grammar_timeout: float = arg(1.0, "Seconds of CPU time that compiling the grammar of a request may take; it is refused beyond.", "Structured output", low=0.01)
+
     disable_log_stats: bool = arg(False, "No periodic line of statistics.", "Observability")
     log_level: str | None = arg(None, "Level of the log; QUIRE_LOG_LEVEL, else `info`, by default.", "Observability", choices=("debug", "info", "warning", "error", "critical"))
     log_interval: float = arg(10.0, "Seconds between two lines of statistics.", "Observability", low=0.0)
@@ -168,7 +173,6 @@ class EngineArgs(_Checked):
     spec_method: str | None = later(None, "speculative decoding is not yet in quire")
     spec_model: str | None = later(None, "speculative decoding is not yet in quire")
     spec_tokens: int | None = later(None, "speculative decoding is not yet in quire")
-    structured_outputs_config: dict[str, Any] | None = later(None, "structured outputs are not yet in quire")
     enable_prompt_embeds: bool = later(False, "prompt embeddings are not yet in quire: pass text or token ids")
     enable_sleep_mode: bool = later(False, "sleep mode is not yet in quire")
     profiler_config: dict[str, Any] | None = later(None, "the built-in profiler is not yet in quire: run under an external one")

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from quire.config.hub import find_checkpoint
+from quire.config.hub import tokenizer_folder
 from quire.config.schema import Config
 from quire.types.errors import ClientError
 
@@ -145,21 +145,7 @@ def load_tokenizer(config: Config) -> Tokenizer | None:
     if model.tokenizer_mode not in _MODES:
         text = f"tokenizer_mode must be one of {', '.join(_MODES)}, got {model.tokenizer_mode!r}"
         raise ClientError(text, "tokenizer_mode", model.tokenizer_mode)
-    folder = Path(model.tokenizer)
-    if not folder.is_dir():
-        folder = model.path
-        if model.tokenizer not in (model.model, ""):
-            try:
-                folder = find_checkpoint(
-                    model.tokenizer,
-                    model.tokenizer_revision,
-                    config.load.download_dir,
-                    token=model.hf_token,
-                    weights=False,
-                )
-            except ClientError as e:
-                raise ClientError(f"tokenizer={model.tokenizer!r}: {e}", "tokenizer", model.tokenizer) from e
-    return load_folder(folder, model.tokenizer_mode, model.trust_remote_code)
+    return load_folder(tokenizer_folder(config), model.tokenizer_mode, model.trust_remote_code)
 
 
 def load_folder(folder: Path, mode: str = "auto", trust_remote_code: bool = False) -> Tokenizer:

@@ -5,10 +5,12 @@ Knows nothing of scheduling or of other ranks' processes.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import cast
 
 import torch
 
+from quire.config.hub import tokenizer_folder
 from quire.config.schema import Config
 from quire.loading import load_model
 from quire.loading.passes import DTYPES
@@ -23,6 +25,7 @@ from quire.runner.model_runner import ModelRunner, Pending
 from quire.runner.replay import make_replay
 from quire.runner.sampler import Sampler
 from quire.runner.table import RequestTable
+from quire.structured.compiler import Compiler, compiler
 from quire.types.errors import ClientError
 from quire.types.kv import KVGroup
 from quire.types.plan import Plan, StepResult
@@ -47,7 +50,12 @@ class Worker:
         model = cast(CausalLM, load_model(config, self.device, self.ops))
         processors = load_processors(config.model.logits_processors, arch.vocab_size, self.device)
         sampler = Sampler(
-            arch.vocab_size, self.device, config.model.max_logprobs, processors, config.model.logprobs_mode
+            arch.vocab_size,
+            self.device,
+            config.model.max_logprobs,
+            processors,
+            config.model.logprobs_mode,
+            compilers=partial(_compiler, config),
         )
         self.kv_groups: tuple[KVGroup, ...] = kv_groups(arch, config.model.max_model_len)
         kv_dtype = DTYPES.get(config.cache.kv_cache_dtype, dtype)
@@ -75,6 +83,12 @@ class Worker:
     def execute(self, plan: Plan) -> StepResult:
         """Run a step to its end."""
         return self.submit(plan).result()
+
+
+def _compiler(config: Config, eos: tuple[int, ...]) -> Compiler:
+    """Of grammars, for texts that `eos` end; made when the first constrained row comes."""
+    vocab_size, limit = config.model.arch.vocab_size, config.structured.grammar_timeout
+    return compiler(tokenizer_folder(config), vocab_size, eos, limit)
 
 
 def _leave_the_cores_to_native_threads(model: CausalLM, ops: Binder) -> None:
