@@ -210,6 +210,8 @@ class ServerArgs(_Checked):
     trust_request_chat_template: bool = arg(False, "Let requests bring a chat template of their own.", "Server")
     default_chat_template_kwargs: dict[str, Any] = arg({}, "Arguments of the chat template, under those of each request.", "Server")
     response_role: str = arg("assistant", "Role of the messages that the model writes.", "Server")
+    tool_call_parser: str | None = arg(None, "Format of the model's tool calls: hermes, llama3_json, mistral, pythonic, qwen3, qwen3_coder, checkpoint (what the checkpoint declares), or the name of a plugin. By default what the chat template gives away.", "Server")
+    enable_auto_tool_choice: bool = arg(False, "Accepted.", "Server", harmless="requests with tools may always leave the choice to the model")
     exclude_tools_when_tool_choice_none: bool = arg(False, "Do not show tools to the template when tool_choice is none.", "Server")
     enable_log_requests: bool = arg(False, "Log each request's id, size and parameters.", "Server")
     disable_uvicorn_access_log: bool = arg(False, "No line in the log for each answer.", "Server")

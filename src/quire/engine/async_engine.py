@@ -169,7 +169,9 @@ class AsyncLLM:
         add_special_tokens: bool = True,
     ) -> list[Draft]:
         """Check and tokenize prompts, without holding up the event loop. Raises ClientError."""
-        size = sum(len(p) if isinstance(p, str) else 0 for p in prompts)
+        size = sum(_length(prompt) for prompt in prompts)
+        if any(isinstance(p, SamplingParams) and (p.structured_outputs or p.bad_words) for p in params):
+            size = INLINE_CHARACTERS + 1  # a grammar to compile
         drafts = partial(
             self._engine.inputs.drafts,
             prompts,
@@ -408,6 +410,13 @@ class AsyncLLM:
                 stream.box.loop.call_soon_threadsafe(stream.put, _copy(error))
             except RuntimeError:  # its event loop was closed
                 logger.debug("request %s had no event loop left", stream.name)
+
+
+def _length(prompt: Any) -> int:
+    """Characters of a prompt, or tokens."""
+    if isinstance(prompt, dict):
+        prompt = prompt.get("prompt", prompt.get("prompt_token_ids"))
+    return len(prompt) if isinstance(prompt, str | list) else 0
 
 
 def _copy(error: Exception) -> Exception:

@@ -1,7 +1,7 @@
 """`/v1/chat/completions`: the next message of a conversation.
 
 Owns: the way from messages to a prompt, and from outputs to messages and their deltas. What is reasoning and what is a
-tool call in the text is found by parsers (`Talk`); where none is asked for, all of it is content.
+tool call in the text is found by `talk`.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from quire.server.errors import ApiError
 from quire.server.protocol import ChatRequest, Message
 from quire.server.served import Run, Served
 from quire.server.sse import EventStream, encode, frame
+from quire.server.talk import Speech, Talk
 from quire.types.errors import ClientError
 from quire.types.outputs import CompletionOutput, RequestOutput
 
@@ -30,11 +31,13 @@ async def chat(served: Served, body: ChatRequest, request: Request) -> Response:
     prompt = await render(served, body)
     most = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
     params = body.params(served.defaults, _logprobs(body), most)
+    speech = Speech(served, body, prompt)
+    speech.demand(params)
     prompts: list[Any] = [{"prompt": prompt, "cache_salt": body.cache_salt} if body.cache_salt else prompt]
     drafts = await served.prepare(prompts, params, body.add_special_tokens)
     id = served.request_id("chatcmpl", body.request_id, request.headers.get("x-request-id"))
     run = Run(served, id, drafts, body.priority)
-    answer = _Answer(served, body, run, model, params.n)
+    answer = _Answer(served, body, run, model, [speech.talk() for _ in range(params.n)], speech.named)
     if body.stream:
         return EventStream(run, answer.frames())
     (output,) = await run.whole(request.receive)
@@ -88,12 +91,12 @@ def _logprobs(body: ChatRequest) -> int | None:
 class _Answer:
     """The choices of one body, as outputs come in."""
 
-    def __init__(self, served: Served, body: ChatRequest, run: Run, model: str, n: int) -> None:
-        self._body, self._run = body, run
+    def __init__(self, served: Served, body: ChatRequest, run: Run, model: str, talks: list[Talk], named: bool) -> None:
+        self._body, self._run, self._talks, self._named = body, run, talks, named
         self._role = served.args.response_role
         self._as_id = bool(body.return_tokens_as_token_ids)
         self._head = {"id": run.id, "created": int(time.time()), "model": model}
-        self._begun = [False] * n
+        self._begun = [False] * len(talks)
         last = body.messages[-1]
         same = bool(body.echo) and last.role == self._role and isinstance(last.content, str)
         self._echo = last.content if same else ""
@@ -108,17 +111,28 @@ class _Answer:
         return answer
 
     def _choice(self, one: CompletionOutput) -> dict[str, Any]:
-        message = {"role": self._role, "content": f"{self._echo}{one.text}", "refusal": None}
+        parts = self._talks[one.index].feed(one.text, last=True)
+        content = f"{self._echo}{parts.content}"
+        message: dict[str, Any] = {"role": self._role, "content": content, "refusal": None}
+        if parts.calls:
+            message["content"] = content or None
+            message["tool_calls"] = [{k: v for k, v in call.items() if k != "index"} for call in _merged(parts.calls)]
+        if parts.reasoning:
+            message["reasoning"] = parts.reasoning
         choice: dict[str, Any] = {
             "index": one.index,
             "message": message,
             "logprobs": self._lines(one),
-            "finish_reason": one.finish_reason,
+            "finish_reason": self._reason(one),
             "stop_reason": one.stop_reason,
         }
         if self._body.return_token_ids:
             choice["token_ids"] = one.token_ids
         return choice
+
+    def _reason(self, one: CompletionOutput) -> str | None:
+        called = self._talks[one.index].called and not self._named
+        return "tool_calls" if called and one.finish_reason == "stop" else one.finish_reason
 
     def _lines(self, one: CompletionOutput) -> dict[str, Any] | None:
         if one.logprobs is None:
@@ -135,25 +149,52 @@ class _Answer:
             frames: list[bytes] = []
             for _, output in batch:
                 for one in output.outputs:
-                    more = {"usage": self._run.usage()} if each else tail
-                    frames.append(frame({**head, "choices": [self._delta(one)], **more}))
-            yield b"".join(frames)
+                    if (choice := self._delta(one)) is not None:
+                        more = {"usage": self._run.usage()} if each else tail
+                        frames.append(frame({**head, "choices": [choice], **more}))
+            if frames:
+                yield b"".join(frames)
         if usage:
             yield frame({**head, "choices": [], "usage": self._run.usage()})
 
-    def _delta(self, one: CompletionOutput) -> dict[str, Any]:
-        delta: dict[str, Any] = {"content": one.text}
+    def _delta(self, one: CompletionOutput) -> dict[str, Any] | None:
+        """The choice of a frame; None where the text is held back and there is nothing to tell yet."""
+        ended = one.finish_reason is not None
+        parts = self._talks[one.index].feed(one.text, ended)
+        delta: dict[str, Any] = {}
         if not self._begun[one.index]:  # the role comes with the first token: an empty frame would lie about its time
             self._begun[one.index] = True
-            delta = {"role": self._role, "content": f"{self._echo}{one.text}"}
+            delta = {"role": self._role}
+            parts.content = f"{self._echo}{parts.content}"
+        if parts.reasoning:
+            delta["reasoning"] = parts.reasoning
+        if parts.calls:
+            delta["tool_calls"] = parts.calls
+        if parts.content or not (parts.reasoning or parts.calls):
+            delta["content"] = parts.content
+        lines = self._lines(one)
+        told = ended or parts.content or parts.reasoning or parts.calls or "role" in delta or lines
+        if not told and not self._body.return_token_ids:
+            return None
         choice: dict[str, Any] = {
             "index": one.index,
             "delta": delta,
-            "logprobs": self._lines(one),
-            "finish_reason": one.finish_reason,
+            "logprobs": lines,
+            "finish_reason": self._reason(one),
         }
         if one.finish_reason is not None:
             choice["stop_reason"] = one.stop_reason
         if self._body.return_token_ids:
             choice["token_ids"] = one.token_ids
         return choice
+
+
+def _merged(calls: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Deltas of whole calls as calls."""
+    out: dict[int, dict[str, Any]] = {}
+    for call in calls:
+        if call["index"] in out:
+            out[call["index"]]["function"]["arguments"] += call["function"]["arguments"]
+        else:
+            out[call["index"]] = call
+    return list(out.values())
