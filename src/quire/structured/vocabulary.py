@@ -74,6 +74,7 @@ def size_of(tokenizer: str) -> int:
     return 1 + max(max(ids, default=-1), max(added, default=-1))
 
 
+_LAZY = re.compile(r"\[lazy\](: \w+ <\[)")
 _QUOTED = re.compile(r'"(?:[^"\\\n]|\\.)*"')
 
 
@@ -87,4 +88,5 @@ def name_special(grammar: str, special: dict[str, int]) -> str:
             return match.group()
         return match.group() if number is None else f"<[{number}]>"
 
-    return _QUOTED.sub(token, grammar)
+    # a token ends the text before it by itself, where a string needs a lazy terminal to
+    return _LAZY.sub(r"\1", _QUOTED.sub(token, grammar))
