@@ -37,6 +37,7 @@ COUNTERS = ("preemptions", "prefix_queries", "prefix_hits", "prompt_tokens", "ge
 HELLO = 0  # the number of a call that only wants an answer
 MAX_DEATHS = 2  # of the core under one request
 MAX_STARTS = 3  # in a row that fail, or that no step follows
+CALM_S = 30.0  # a process that was ready so long counts as a success
 
 
 class _Live:
@@ -96,6 +97,7 @@ class ProcessClient:
         self._closed = False
         self._ready = False
         self._starts = 0
+        self._since = 0.0  # when the process was ready
         self.restarts = 0
         self.steps: deque[int] = deque(maxlen=100_000)  # how many tokens each step computed, till somebody asks
         self.progress = time.monotonic()  # when something last moved, or there was nothing to move
@@ -276,6 +278,7 @@ class ProcessClient:
         self._socket.connect(self._address)
         self._stats, self.seconds, self._sent = ready.stats, ready.seconds, 0
         self._ready = True
+        self._since = time.monotonic()
         self.progress = time.monotonic()
         self._send(wire.Call(HELLO, "hello"))
         for live in self._live.values():
@@ -288,7 +291,7 @@ class ProcessClient:
         reason = f"the engine's process {describe_exit(code)}" + (f": {last}" if last else "")
         first = not self._ready and self.restarts == 0
         self._drop()
-        self._starts += 1
+        self._starts = 1 if time.monotonic() - self._since > CALM_S else self._starts + 1
         if self._closed or first or self._starts > MAX_STARTS:
             raise EngineError(f"{reason}\n{text}" if text else reason)
         log.error("%s; it is started again, with its %d requests", reason, len(self._live))
