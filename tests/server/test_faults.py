@@ -23,9 +23,10 @@ BOUND_S = 60.0
 BODY: dict[str, Any] = {"model": "demo", "stream": True, "ignore_eos": True, "stream_options": {"include_usage": True}}
 SHORT = {**BODY, "prompt": "Once upon a time", "max_tokens": 200}
 LONG = {**BODY, "prompt": "a long prompt " * 100, "max_tokens": 20}
+DISTINCT = [{**LONG, "prompt": f"{i} is a number, and so is {i + 1}. " * 24} for i in range(40)]
 
 MOMENTS = ["idle", "prefill", "decode", "load", "draining"]
-WORK = {"idle": [], "prefill": [LONG] * 12, "decode": [SHORT] * 4, "load": [SHORT, LONG] * 32, "draining": [SHORT] * 8}
+WORK = {"idle": [], "prefill": DISTINCT, "decode": [SHORT] * 4, "load": [SHORT, LONG] * 32, "draining": [SHORT] * 8}
 
 
 @pytest.fixture
@@ -56,8 +57,7 @@ async def busy(server: Server, moment: str) -> AsyncGenerator[list[asyncio.Task[
     seen = [0]
     tasks = [asyncio.create_task(ask(server, body, seen)) for body in WORK[moment]]
     if moment == "prefill":
-        await wait_for(lambda: asyncio.to_thread(lambda: server.metric("vllm:num_requests_running") > 0))
-        assert seen[0] < len(tasks), "some prompts are still to be computed"
+        await wait_for(lambda: asyncio.to_thread(lambda: server.metric("vllm:num_requests_waiting") > 0))
     elif tasks:
         await wait_for(lambda: after(seen[0] >= 10))
     if moment == "draining":

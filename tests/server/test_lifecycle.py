@@ -144,26 +144,33 @@ def test_health_means_progress(start: Callable[..., Server]) -> None:
 
 def test_a_queue_has_an_end(start: Callable[..., Server]) -> None:
     server = start("--max-num-seqs=2", "--max-num-queued-reqs=3", "--max-num-queued-tokens=200")
+    engine = server.engine().pid
 
     async def ask(prompt: str) -> httpx.Response:
         async with httpx.AsyncClient(timeout=60) as client:
             return await client.post(f"{server.url}/v1/completions", json={**LONG, "prompt": prompt})
 
     async def main() -> None:
-        answers = await asyncio.gather(*(ask("x") for _ in range(12)))
-        statuses = sorted(answer.status_code for answer in answers)
-        assert statuses == [200] * 5 + [429] * 7
+        os.kill(engine, signal.SIGSTOP)  # so that nothing leaves the queue while requests come
+        tasks = [asyncio.create_task(ask("x")) for _ in range(12)]
+        await asyncio.to_thread(until, lambda: sum(task.done() for task in tasks) == 7, 20)
+        assert server.post("/v1/completions", {**LONG, "prompt": "x"}).status_code == 429
+        os.kill(engine, signal.SIGCONT)
+        answers = await asyncio.gather(*tasks)
+        assert sorted(answer.status_code for answer in answers) == [200] * 5 + [429] * 7
         for answer in answers:
             if answer.status_code == 429:
                 assert answer.json()["error"]["type"] == "rate_limit_error" and answer.headers["retry-after"] == "1"
+        os.kill(engine, signal.SIGSTOP)
         running = [asyncio.create_task(ask("x")) for _ in range(3)]
-        await asyncio.to_thread(until, lambda: server.metric("vllm:num_requests_waiting") == 1, 5)
+        await asyncio.to_thread(until, lambda: server.get("/load").json() == {"server_load": 3}, 20)
         assert (await ask("word " * 300)).status_code == 429
+        os.kill(engine, signal.SIGCONT)
         assert [answer.status_code for answer in await asyncio.gather(*running)] == [200] * 3
 
     asyncio.run(main())
     server.idle()
-    assert server.metric("vllm:admission_rejections_total", reason="queued_reqs") == 7
+    assert server.metric("vllm:admission_rejections_total", reason="queued_reqs") == 8
     assert server.metric("vllm:admission_rejections_total", reason="queued_tokens") == 1
 
 

@@ -80,7 +80,7 @@ def test_the_model_calls_a_tool(client: openai.OpenAI) -> None:
 
 def test_calls_are_enforced(client: openai.OpenAI) -> None:
     named = {"type": "function", "function": {"name": "add"}}
-    content, calls, reason = call_of(client, tools=[WEATHER, ADD], tool_choice=named)
+    _, calls, reason = call_of(client, tools=[WEATHER, ADD], tool_choice=named)
     assert [name for name, _ in calls] == ["add"] and set(calls[0][1]) == {"a", "b"} and reason == "stop"
     hello: Any = [{"role": "user", "content": "Say hello."}]
     _, calls, reason = call_of(client, tools=[WEATHER], tool_choice="required", messages=hello)

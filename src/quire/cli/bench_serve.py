@@ -23,6 +23,7 @@ import click
 from quire.cli import flags
 from quire.cli.remote import Remote
 from quire.types.errors import ClientError, EngineError
+from quire.utils.optional import require
 
 CHARACTERS_A_TOKEN = 4  # to guess at the length of a recorded answer
 
@@ -276,10 +277,10 @@ def distribution(values: Sequence[float]) -> dict[str, float] | None:
 def draw(seen: Sequence[Seen], path: Path) -> None:
     """The distributions as curves: which share of all took at most so long."""
     try:
-        from matplotlib.figure import Figure
+        drawing = require("matplotlib.figure", "--plot", "'quire[bench]'")
     except ImportError as e:
-        raise click.ClickException("--plot needs matplotlib: pip install 'quire[bench]'") from e
-    figure = Figure(figsize=(9, 3), layout="constrained")
+        raise click.ClickException(str(e)) from e
+    figure = drawing.Figure(figsize=(9, 3), layout="constrained")
     names = {"ttft": "time to first token", "itl": "time between tokens", "e2e": "time to last token"}
     found = latencies([s for s in seen if s.error is None])
     for i, (name, title) in enumerate(names.items()):
