@@ -1,4 +1,4 @@
-"""The error that load-time quantization makes, on the bundled model's held-out text: perplexity, KL divergence of the
+"""The error that quantization of weights at load or of the KV cache makes, on the bundled model's held-out text: perplexity, KL divergence of the
 logits from those of bfloat16, share of positions with the same likeliest token, and the size of the weights.
 
     python benchmarks/quantization.py [--items 100]
@@ -20,7 +20,11 @@ from quire import LLM, SamplingParams
 from quire.types.request import Request
 
 HELDOUT = Path(__file__).parents[1] / "tests" / "data" / "demo_heldout.jsonl"
-METHODS = (None, "int8", "int8_weight_only", "int4", "int4_weight_only")
+METHODS = (
+    {},
+    *({"quantization": name} for name in ("int8", "int8_weight_only", "int4", "int4_weight_only")),
+    {"kv_cache_dtype": "int8"},
+)
 
 
 def texts(tokenizer: Any, count: int) -> list[list[int]]:
@@ -67,7 +71,7 @@ def main() -> None:
     args = parser.parse_args()
     reference: list[torch.Tensor] = []
     for method in METHODS:
-        with LLM("demo", quantization=method, dtype="bfloat16", log_level="warning") as llm:
+        with LLM("demo", **method, dtype="bfloat16", log_level="warning") as llm:
             prompts = texts(llm.get_tokenizer(), args.items)
             dense = log_probabilities(llm, prompts)
             size = weight_bytes(llm)
@@ -79,7 +83,7 @@ def main() -> None:
         print(
             json.dumps(
                 {
-                    "quantization": method or "bfloat16",
+                    "quantization": ", ".join(f"{k}={v}" for k, v in method.items()) or "bfloat16",
                     "perplexity": round(float(np.exp(loss)), 4),
                     "kl_mean": round(kl.mean().item(), 6),
                     "kl_p99": round(kl.quantile(0.99).item(), 5),

@@ -1,29 +1,22 @@
-// Prefill tiles of attention. Included by attention.h, inside a level's namespace.
-//
-// Operands are floats, or bf16 pairs where the level multiplies them (FAST_PAIRS) and all inputs are bf16.
+// Prefill tiles of attention. Included by attention.h, inside a level's namespace. Operands are floats.
 
-template <class T, class C> constexpr bool paired = FAST_PAIRS && __is_same(T, bf16) && __is_same(C, bf16);
+struct TileMemory {
+    float *queries, *panels, *probs, *scores, *values, *tops, *totals;
 
-template <class T, class C> struct TileMemory {
-    using X = typename Choose<paired<T, C>, bf16, float>::type;
-    X *queries, *panels, *probs;
-    float *scores, *values, *tops, *totals;
-
-    static inline size_t room(size_t count, size_t each) { return (count * each + 63) & ~size_t(63); }
+    static inline int64_t rows(const Rules& r) { return most(TILE_ROWS, r.group); }
     static inline size_t bytes(const Rules& r) {
-        size_t rows = TILE_ROWS > r.group ? TILE_ROWS : size_t(r.group), wide = size_t(r.padded);
-        return room(rows * (wide + 32), sizeof(X)) + room(2 * TILE_KEYS * wide, sizeof(X)) +
-               room(rows * (TILE_KEYS + 32), sizeof(X)) + room(rows * (TILE_KEYS + wide + 2), 4) + 256;
+        int64_t wide = r.padded;
+        return size_t(rows(r) * (2 * wide + 2 * TILE_KEYS + 64 + 2) + 2 * TILE_KEYS * wide) * 4;
     }
     inline TileMemory(const Rules& r, char* memory) {
-        size_t rows = TILE_ROWS > r.group ? TILE_ROWS : size_t(r.group), wide = size_t(r.padded);
-        queries = reinterpret_cast<X*>(memory), memory += room(rows * (wide + 32), sizeof(X));
-        panels = reinterpret_cast<X*>(memory), memory += room(2 * TILE_KEYS * wide, sizeof(X));
-        probs = reinterpret_cast<X*>(memory), memory += room(rows * (TILE_KEYS + 32), sizeof(X));
-        scores = reinterpret_cast<float*>(memory);
-        values = scores + rows * TILE_KEYS;
-        tops = values + rows * wide;
-        totals = tops + rows;
+        int64_t wide = r.padded, n = rows(r);
+        queries = reinterpret_cast<float*>(memory);
+        panels = queries + n * (wide + 32);
+        probs = panels + 2 * TILE_KEYS * wide;
+        scores = probs + n * (TILE_KEYS + 32);
+        values = scores + n * TILE_KEYS;
+        tops = values + n * wide;
+        totals = tops + n;
     }
 };
 
@@ -63,20 +56,25 @@ inline void tile_multiply(const float* x, int64_t stride_x, int64_t rows, const 
 // Keys as columns: panel[e][j].
 template <class C>
 inline void pack_keys(const C* const* keys, int64_t count, int64_t size, float* panel) {
-    for (int64_t j = 0; j < TILE_KEYS; j++)
-        for (int64_t e = 0; e < size; e++) panel[e * TILE_KEYS + j] = j < count ? to_float(keys[j][e]) : 0.0f;
+    for (int64_t j = 0; j < TILE_KEYS; j++) {
+        float by = 1.0f;
+        if constexpr (scaled<C>) by = j < count ? scale_of(keys[j], size) : 0.0f;
+        for (int64_t e = 0; e < size; e++) panel[e * TILE_KEYS + j] = j < count ? to_float(keys[j][e]) * by : 0.0f;
+    }
 }
 // Values as rows: panel[j][e].
 template <class C>
 inline void pack_values(const C* const* values, int64_t count, int64_t size, int64_t padded, float* panel) {
-    for (int64_t j = 0; j < count; j++)
+    for (int64_t j = 0; j < count; j++) {
+        V by = set(1.0f);
+        if constexpr (scaled<C>) by = set(scale_of(values[j], size));
         for (int64_t e = 0; e < padded; e += W)
-            store(panel + j * padded + e, e < size ? load(values[j] + e, size - e) : zero());
+            store(panel + j * padded + e, e < size ? mul(load(values[j] + e, size - e), by) : zero());
+    }
 }
 
 // Scores of one packed row against `count` keys -> probabilities; the row's older sums shrink by the returned factor.
-template <class X>
-inline float soften(float* s, int64_t low, int64_t high, float& top, float& total, X* probs) {
+inline float soften(float* s, int64_t low, int64_t high, float& top, float& total, float* probs) {
     for (int64_t n = 0; n < low; n++) s[n] = NEVER;
     for (int64_t n = high; n < TILE_KEYS; n++) s[n] = NEVER;
     V best = set(NEVER);
@@ -103,10 +101,8 @@ inline float soften(float* s, int64_t low, int64_t high, float& top, float& tota
 template <class T, class C>
 void prefill_tile(const Rules& r, const qr_op& op, const int32_t* pages, int64_t start, int64_t count, int64_t length,
                   int64_t begin, int64_t end, int64_t h, char* room) {
-    using Memory = TileMemory<T, C>;
-    using X = typename Memory::X;
-    Memory memory(r, room);
-    int64_t rows = (end - begin) * r.group, stride = r.padded + 32 / int64_t(sizeof(X)), stride_p = TILE_KEYS + 32;
+    TileMemory memory(r, room);
+    int64_t rows = (end - begin) * r.group, stride = r.padded + 32, stride_p = TILE_KEYS + 32;
     auto token = [&](int64_t p) { return begin + p / r.group; };
     for (int64_t p = 0; p < rows; p++) {
         int64_t head = h * r.group + p % r.group;
@@ -124,10 +120,10 @@ void prefill_tile(const Rules& r, const qr_op& op, const int32_t* pages, int64_t
         const C *keys[TILE_KEYS], *values[TILE_KEYS];
         for (int64_t j = j0; j < j0 + here; j++) {
             int64_t slot = most(pages[j / r.block], 0) * r.block + j % r.block;
-            keys[j - j0] = static_cast<const C*>(op.p[1]) + slot * op.i[9] + h * r.size;
-            values[j - j0] = static_cast<const C*>(op.p[2]) + slot * op.i[9] + h * r.size;
+            keys[j - j0] = static_cast<const C*>(op.p[1]) + slot * op.i[9] + h * r.row;
+            values[j - j0] = static_cast<const C*>(op.p[2]) + slot * op.i[9] + h * r.row;
         }
-        X* panel_v = memory.panels + TILE_KEYS * r.padded;
+        float* panel_v = memory.panels + TILE_KEYS * r.padded;
         pack_keys(keys, here, r.size, memory.panels);
         tile_multiply(memory.queries, stride, rows, memory.panels, TILE_KEYS, r.size, memory.scores, false);
         for (int64_t p = 0; p < rows; p++) {

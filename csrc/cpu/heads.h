@@ -1,5 +1,24 @@
 // Head norm, rotary and KV write of a token in one pass. Included inside a level's namespace.
 
+// A row in a cache of bytes (quire.h says how); `row` has zeros behind its end.
+template <class T> inline void put_bytes(const float* row, int64_t size, int8_t* cache) {
+    V top = zero(), bad = zero();
+    for (int64_t e = 0; e < size; e += W) {
+        V v = rounded<T>(load(row + e));
+        top = maximum(top, absolute(v));
+        bad = fma(v, zero(), bad);  // NaN where one is not finite
+    }
+    bool finite = sum(bad) == 0.0f;
+    float high = largest(top), scale = finite ? (high > 1e-12f ? high : 1e-12f) / 127.0f : __builtin_nanf("");
+    for (int64_t e = 0; e < size; e += W) {
+        int8_t part[W];
+        store_bytes(part, finite ? round_even(div(rounded<T>(load(row + e)), set(scale))) : zero());
+        __builtin_memcpy(cache + e, part, size_t(least(W, size - e)));
+    }
+    for (int64_t e = size; e & 3; e++) cache[e] = 0;
+    __builtin_memcpy(cache + (size + 3) / 4 * 4, &scale, sizeof scale);
+}
+
 // One head: from x to two places (either may be null), normed and turned on the way. `row`: room for size + W floats.
 template <class T, class C>
 inline void head(const T* x, int64_t size, const T* weight, float eps, const float* cosines, const float* sines,
@@ -28,8 +47,11 @@ inline void head(const T* x, int64_t size, const T* weight, float eps, const flo
     for (int64_t e = 0; e < size; e += W) {
         V v = load(row + e);
         if (out) store(out + e, v, size - e);
-        if (cache) store(cache + e, rounded<T>(v), size - e);
+        if constexpr (!__is_same(C, int8_t))
+            if (cache) store(cache + e, rounded<T>(v), size - e);
     }
+    if constexpr (__is_same(C, int8_t))
+        if (cache) put_bytes<T>(row, size, cache);
 }
 
 template <class T, class C> void heads_rows(const qr_op& op, Context& c) {
@@ -60,15 +82,17 @@ template <class T, class C> void heads_rows(const qr_op& op, Context& c) {
             if (k && (k_out || keys))
                 for (int64_t h = 0; h < h_kv; h++)
                     head<T, C>(k + h * size, size, weight_k, eps, cosines, sines, half, row,
-                               k_out ? k_out + h * size : nullptr, keys ? keys + h * size : nullptr);
+                               k_out ? k_out + h * size : nullptr, keys ? keys + h * op.i[12] : nullptr);
             if (v && values)
-                for (int64_t e = 0; e < h_kv * size; e += W)
-                    store(values + e, load(v + e, h_kv * size - e), h_kv * size - e);
+                for (int64_t h = 0; h < h_kv; h++)
+                    head<T, C>(v + h * size, size, nullptr, 0.0f, nullptr, nullptr, 0, row, nullptr,
+                               values + h * op.i[12]);
         }
 }
 void heads(const qr_op& op, Context& c) {
     with_type(type_a(op), [&](auto a) {
         using T = typename decltype(a)::type;
-        heads_rows<T, T>(op, c);
+        if (type_b(op) == QR_I8) heads_rows<T, int8_t>(op, c);
+        else heads_rows<T, T>(op, c);
     });
 }

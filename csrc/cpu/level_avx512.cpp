@@ -7,7 +7,7 @@ namespace qr::avx512 {
 #include "vec_avx512.h"
 #include "elementwise.h"
 #include "heads.h"
-constexpr int ROWS_OF_ONE = 8, ROWS_OF_TWO = 8;  // weight rows at a time, for one and two tokens
+constexpr int ROWS_OF_FEW = 8;  // weight rows at a time, for one or two tokens
 #include "linear.h"
 #include "linear_avx512.h"
 #include "quantized.h"
@@ -15,6 +15,9 @@ constexpr int ROWS_OF_ONE = 8, ROWS_OF_TWO = 8;  // weight rows at a time, for o
 #include "lanes_avx512.h"
 #include "attention_avx512.h"
 constexpr bool FAST_PAIRS = true;
+#define QR_PAIRS
 #include "attention.h"
+#include "sampling.h"
 #include "table.h"
+#undef QR_PAIRS
 }  // namespace qr::avx512

@@ -5,9 +5,8 @@
 // may overload `dots` for its types.
 //
 // Nothing is packed, for any number of tokens: tiles of 4 weight rows x 4 tokens need 8 loads for 16 products, which
-// the load ports keep up with, and a block of 64 tokens x 4 KiB stays in the L2 cache. On Zen 4, one thread, bf16:
-// 200-219 GFLOP/s of 235 from 16 tokens on; panels packed from the rows, 48 outputs x 8 tokens in registers, gave
-// 121-184 at 16-64 tokens and 195-211 at 256, and would need a second copy of the weights or packing in each call.
+// the load ports keep up with, and a block of 64 tokens x 4 KiB stays in the L2 cache. For many tokens a level may do
+// better (lanes_avx512.h).
 
 constexpr int64_t LINEAR_TOKENS = 64;  // tokens of a block: their sums fit the stack, their rows the L2 cache
 // Weight rows are asked for so many rows ahead, into the L2 cache. Measured on Zen 4, one thread, K = 576 and 2048: 8
@@ -96,12 +95,18 @@ inline void strip(const X* x, int64_t stride_x, int64_t size, const B* weights, 
         }
 }
 
+// As `strip`, of one token. A level may have its own.
+template <class X, class B>
+inline void lone(const X* x, int64_t size, const B* weights, int64_t stride, int64_t count, float* out, bool more) {
+    strip<ROWS_OF_FEW, 1>(x, 0, size, weights, stride, count, out, more);
+}
+
 // As `strip`, of any number of tokens: a few rows at a time for all tokens, so that they are read from memory once.
 template <class X, class B>
 inline void tile(const X* x, int64_t stride_x, int64_t tokens, int64_t size, const B* weights, int64_t stride,
                  int64_t count, float* out, bool more) {
-    if (tokens == 1) return strip<ROWS_OF_ONE, 1>(x, stride_x, size, weights, stride, count, out, more);
-    if (tokens == 2) return strip<ROWS_OF_TWO, 2>(x, stride_x, size, weights, stride, count, out, more);
+    if (tokens == 1) return lone(x, size, weights, stride, count, out, more);
+    if (tokens == 2) return strip<ROWS_OF_FEW, 2>(x, stride_x, size, weights, stride, count, out, more);
     for (int64_t n = 0; n < count; n += 4) {
         const B* w = weights + n * stride;
         int64_t m = 0, now = least(4, count - n);

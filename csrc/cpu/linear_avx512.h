@@ -42,3 +42,36 @@ inline void dots(const bf16* const* w, const bf16* x, int64_t stride_x, int64_t 
         }
     }
 }
+
+// One token: row after row, so that the weights are one stream, which is asked for 8 KiB ahead. On Zen 4 (two threads, a
+// host of 36 GB/s): 33 GB/s, 8 rows at a time 31; without asking 28 and 24.
+constexpr int64_t LONE_AHEAD = 8192;
+inline void lone(const bf16* x, int64_t size, const bf16* weights, int64_t stride, int64_t count, float* out,
+                 bool more) {
+    for (int64_t n = 0; n < count; n += 16) {
+        int64_t rows = least(16, count - n);
+        V a[16];
+        for (int r = 0; r < 16; r++) a[r] = zero();
+        for (int64_t r = 0; r < rows; r++) {
+            const bf16* w = weights + (n + r) * stride;
+            __m512 part[4];
+            for (int i = 0; i < 4; i++) part[i] = _mm512_setzero_ps();
+            int64_t k = 0;
+            auto one = [&](int i) {
+                _mm_prefetch(reinterpret_cast<const char*>(w + k) + LONE_AHEAD, _MM_HINT_T1);
+                part[i] = _mm512_dpbf16_ps(part[i], pairs(w + k), pairs(x + k));
+                k += 32;
+            };
+            while (k + 128 <= size) one(0), one(1), one(2), one(3);
+            for (int i = 0; k + 32 <= size; i++) one(i & 3);
+            if (k < size) {
+                __mmask32 mask = __mmask32((1ull << (size - k)) - 1);
+                part[0] = _mm512_dpbf16_ps(part[0], pairs(w + k, mask), pairs(x + k, mask));
+            }
+            a[r].v = _mm512_add_ps(_mm512_add_ps(part[0], part[1]), _mm512_add_ps(part[2], part[3]));
+        }
+        V all = sums(a);
+        if (more) all = add(all, load(out + n, rows));
+        store(out + n, all, rows);
+    }
+}

@@ -50,10 +50,29 @@ inline void strip_of(const int8_t* x, int64_t stride_x, const Weights& w, int64_
             for (int r = 0; n + r < count; r++) out[m * LINEAR_ROWS + n + r] = part[m * R + r];
     }
 }
+// One token: row after row, so that the weights are one stream (see `lone`).
+template <class Form>
+inline void lone_of(const int8_t* x, const Weights& w, int64_t first, int64_t count, float* out) {
+    for (int64_t n = 0; n < count; n += 16) {
+        int64_t rows = least(16, count - n);
+        typename Form::Sum a[16] = {};
+        for (int64_t r = 0; r < rows; r += Form::together) {
+            const uint8_t* q[Form::together];
+            const float* scale[Form::together];
+            for (int i = 0; i < Form::together; i++) {
+                int64_t row = first + n + least(r + i, rows - 1);
+                q[i] = w.q + row * w.stride;
+                scale[i] = w.scale + row * w.groups;
+            }
+            Form::rows(q, scale, x, w.size, a + r);
+        }
+        store(out + n, Form::total(a), rows);
+    }
+}
 template <class Form>
 inline void tile_of(const int8_t* x, int64_t stride, int64_t tokens, const Weights& w, int64_t first, int64_t count,
                     float* out) {
-    if (tokens == 1) return strip_of<Form, 8, 1>(x, stride, w, first, count, out);
+    if (tokens == 1) return lone_of<Form>(x, w, first, count, out);
     if (tokens == 2) return strip_of<Form, 8, 2>(x, stride, w, first, count, out);
     for (int64_t n = 0; n < count; n += 4) {
         int64_t m = 0, now = least(4, count - n), row = first + n;
@@ -108,6 +127,28 @@ struct Bytes {
             }
         }
         spread<R, M>(_mm512_cvtepi32_ps(sums_of(a)), out, stride_out);
+    }
+    using Sum = __m512i;
+    static inline V total(const Sum* a) { return {_mm512_cvtepi32_ps(sums_of(a))}; }
+    static constexpr int together = 1;  // rows at a time for one token
+    static inline void rows(const uint8_t* const* rows, const float* const*, const int8_t* x, int64_t size, Sum* to) {
+        const uint8_t* q = rows[0];
+        __m512i high = _mm512_set1_epi8(-128), a[4] = {_mm512_loadu_si512(x)};
+        x += 64;
+        int64_t k = 0;
+        auto one = [&](int i) {
+            _mm_prefetch(reinterpret_cast<const char*>(q + k) + LONE_AHEAD, _MM_HINT_T1);
+            __m512i v = _mm512_xor_si512(_mm512_loadu_si512(q + k), high);
+            a[i] = _mm512_dpbusd_epi32(a[i], v, _mm512_loadu_si512(x + k));
+            k += 64;
+        };
+        while (k + 256 <= size) one(0), one(1), one(2), one(3);
+        for (int i = 0; k + 64 <= size; i++) one(i & 3);
+        if (k < size) {
+            __m512i v = _mm512_xor_si512(_mm512_maskz_loadu_epi8((1ull << (size - k)) - 1, q + k), high);
+            a[0] = _mm512_dpbusd_epi32(a[0], v, _mm512_loadu_si512(x + k));
+        }
+        *to = _mm512_add_epi32(_mm512_add_epi32(a[0], a[1]), _mm512_add_epi32(a[2], a[3]));
     }
     static inline void products(const int8_t* x, int64_t stride, int64_t tokens, const Weights& w, int64_t first,
                                 int64_t count, float* sums, int8_t*) {
@@ -182,6 +223,19 @@ struct Nibbles {
         for (int r = 0; r < R && k < size; r += rows)
             step<rows, R, M, false>(q + r, scale + r, k, size - k, ahead, x, stride, a + r);
         spread<R, M>(sums(a).v, out, stride_out);
+    }
+    using Sum = V;
+    static inline V total(const V* a) { return sums(a); }
+    static constexpr int together = 2;
+    static inline void rows(const uint8_t* const* q, const float* const* scale, const int8_t* x, int64_t size, V* to) {
+        constexpr int R = together;
+        int64_t k = 0;
+        V a[R];
+        for (int r = 0; r < R; r++) a[r] = zero();
+        for (; k + 128 <= size; k += 128, x += 192)
+            step<R, R, 1, true>(q, scale, k, 128, LONE_AHEAD, x, 0, a);
+        if (k < size) step<R, R, 1, false>(q, scale, k, size - k, LONE_AHEAD, x, 0, a);
+        for (int r = 0; r < R; r++) to[r] = a[r];
     }
     static inline void products(const int8_t* x, int64_t stride, int64_t tokens, const Weights& w, int64_t first,
                                 int64_t count, float* sums, int8_t*) {

@@ -184,10 +184,10 @@ void test_attention(qr_pool* pool, const std::vector<int32_t>& lengths, const st
         {QR_HEADS, QR_TYPES(type_of<T>, 0, 0),
          {x, x + heads * e, x + (heads + kv) * e, angles.at(), positions.data(), slots.data(), keys.at(), values.at(),
           x},
-         {-1, heads, kv, e, half, 4000, wide, wide, wide, wide, 0, kv * e}, {}},
+         {-1, heads, kv, e, half, 4000, wide, wide, wide, wide, 0, kv * e, e}, {}},
         {QR_ATTENTION, QR_TYPES(type_of<T>, 0, 0),
          {x, keys.at(), values.at(), table.data(), const_cast<int32_t*>(lengths.data()), cu_q.data(), out.at()},
-         {-2, -3, heads, kv, e, b, width, wide, heads * e, kv * e, window}, {0.3, 0.0}}};
+         {-2, -3, heads, kv, e, b, width, wide, heads * e, kv * e, window, e}, {0.3, 0.0}}};
     qr_dims dims{{tokens, rows, decodes}};
     expect(qr_run(pool, ops, 2, &dims) == 0, "run");
     std::vector<double> expected(size_t(tokens * heads * e), 0.0);

@@ -35,6 +35,8 @@ inline void from_float(float x, f16& out) {
     out.bits = uint16_t(sign | (rest - (112u << 23) + 0xfff + (rest >> 13 & 1)) >> 13);
 }
 
+inline float to_float(int8_t x) { return float(x); }
+
 template <class T> struct Tag { using type = T; };
 
 // Calls f(Tag<T>) for the element type of a code.
@@ -62,5 +64,6 @@ struct Pieces {
     inline int64_t end(int64_t piece) const { return least(total, (piece + 1) * size); }
 };
 
+template <int n> struct Number { static constexpr int value = n; };
 template <bool yes, class A, class B> struct Choose { using type = A; };
 template <class A, class B> struct Choose<false, A, B> { using type = B; };

@@ -63,8 +63,9 @@ inline V scale2(V x, V n) { return {_mm512_scalef_ps(x.v, n.v)}; }
 inline float sum(V a) { return _mm512_reduce_add_ps(a.v); }
 inline float largest(V a) { return _mm512_reduce_max_ps(a.v); }
 // Two vectors at a time: pairs, fours, eights, sixteens; a transposition that adds on its way.
-inline V sums(const V* a) {
+QR_ALWAYS V sums(const V* a) {
     __m512 four[4];
+#pragma GCC unroll 4
     for (int i = 0; i < 4; i++) {
         const V* b = a + 4 * i;
         __m512 x = _mm512_add_ps(_mm512_unpacklo_ps(b[0].v, b[1].v), _mm512_unpackhi_ps(b[0].v, b[1].v));

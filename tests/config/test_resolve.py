@@ -142,9 +142,9 @@ def test_overrides_merge_or_call(make_checkpoint: Make) -> None:
 @pytest.mark.parametrize(
     ("machine", "usage", "workers", "expected"),
     [
-        (CPU, "llm", 1, (4096, 256)),
-        (CPU, "server", 1, (2048, 128)),
-        (CPU, "llm", 2, (8192, 512)),
+        (CPU, "llm", 1, (512, 256)),
+        (CPU, "server", 1, (512, 128)),
+        (CPU, "llm", 2, (1024, 512)),
         (H200, "llm", 1, (16384, 1024)),
         (H200, "server", 1, (8192, 1024)),
         (A100X4, "server", 4, (2048, 256)),

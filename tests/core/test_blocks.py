@@ -170,3 +170,23 @@ def test_check_notices_a_lost_holder() -> None:
         pool.check([])
     with pytest.raises(AssertionError, match="differ from the holders"):
         pool.check([block, block])
+
+
+def test_a_growing_pool_forgets_before_it_grows() -> None:
+    pool = BlockPool(5, at_once=2)
+    assert (pool.available, pool.held) == (5, 0)
+    for number in range(6):  # one after another, each remembered
+        block, evicted = pool.take()
+        assert block < 2
+        assert evicted == (None if number < 2 else (0, bytes([number - 2])))
+        pool.publish(block, (0, bytes([number])))
+        pool.release(block)
+    held = [pool.take()[0] for _ in range(4)]
+    assert sorted(held) == [0, 1, 2, 3], "a page beyond the first is used once all others are held"
+    assert (pool.available, pool.held) == (1, 4)
+    pool.check(held)
+    pool.release(held[3])
+    assert pool.take()[0] == held[3], "a page that was used once is used again"
+    assert pool.take()[0] == 4
+    assert pool.available == 0
+    pool.check([*held, 4])

@@ -2,26 +2,44 @@
 
 from __future__ import annotations
 
+import ctypes
+import json
+import mmap
 import subprocess
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from quire import LLM, SamplingParams
 from quire.ops.native.bound import kernels
 from quire.ops.native.library import load
 from quire.ops.native.recorder import Buffers
-from quire.runner.replay import MAX_TOKENS, HostReplay, NoReplay
+from quire.runner.replay import HostReplay, NoReplay
 
 needs_library = pytest.mark.skipif(isinstance(load(), str), reason=str(load()))
+STEP, ROWS = 150, 5
 PROMPTS = [[(7 * i + 3 * j) % 2000 + 10 for j in range(n)] for i, n in enumerate((1, 3, 90, 17, 33, 5))]
 
 
 def replay_of(llm: LLM) -> Any:
     client: Any = llm.llm_engine.client
     return client._executor.worker._runner._replay
+
+
+def resident(array: NDArray[np.uint8]) -> int:
+    """Bytes of it that the system has given memory to."""
+    size = mmap.PAGESIZE
+    pages = (ctypes.c_ubyte * -(-array.nbytes // size))()
+    assert not ctypes.CDLL(None).mincore(ctypes.c_void_p(array.ctypes.data), ctypes.c_size_t(array.nbytes), pages)
+    return size * sum(page & 1 for page in pages)
 
 
 def run(**options: Any) -> tuple[list[Any], int]:
@@ -59,18 +77,89 @@ def test_recorded_steps_equal_eager_ones(options: dict[str, Any]) -> None:
     assert none == 0
 
 
+@pytest.fixture(scope="module")
+def engines() -> Iterator[tuple[LLM, LLM]]:
+    """One that records its steps and one that does not; both in float32."""
+    common: dict[str, Any] = {"dtype": "float32", "max_model_len": 400, "skip_tokenizer_init": True}
+    common |= {"max_num_batched_tokens": STEP, "max_num_seqs": ROWS, "enable_prefix_caching": False}
+    with LLM("demo", **common) as recorded, LLM("demo", enforce_eager=True, **common) as eager:
+        yield recorded, eager
+
+
 @needs_library
-def test_a_step_too_large_for_the_buffers_runs_eagerly() -> None:
-    with LLM("demo", max_model_len=400, skip_tokenizer_init=True) as llm:
-        replay = replay_of(llm)
-        assert isinstance(replay, HostReplay)
-        taken: list[bool] = []
-        takes = replay.takes
-        replay.takes = lambda plan: (taken.append(takes(plan)), taken[-1])[1]  # type: ignore[method-assign]
-        prompt = list(range(10, 10 + min(MAX_TOKENS, kernels().few) + 1))
-        params = SamplingParams(temperature=0.0, max_tokens=3, detokenize=False, ignore_eos=True)
-        llm.generate({"prompt_token_ids": prompt}, params, use_tqdm=False)
-        assert taken == [False, True, True]
+@given(st.lists(st.tuples(st.integers(1, 390), st.integers(1, 8)), min_size=1, max_size=7))
+@example([(STEP, 2)])
+@example([(STEP + 1, 2), (1, 8)])
+@settings(max_examples=12, deadline=None)
+def test_steps_of_any_size_are_recorded(engines: tuple[LLM, LLM], shapes: list[tuple[int, int]]) -> None:
+    """Prefill, decode and both mixed, up to the largest step there is, with the same logits to the last bit."""
+    prompts = [
+        {"prompt_token_ids": [(11 * i + 7 * j) % 2000 + 10 for j in range(n)]} for i, (n, _) in enumerate(shapes)
+    ]
+    params = [
+        SamplingParams(temperature=0.0, max_tokens=m, logprobs=3, ignore_eos=True, detokenize=False) for _, m in shapes
+    ]
+    replay = replay_of(engines[0])
+    assert isinstance(replay, HostReplay) and isinstance(replay_of(engines[1]), NoReplay)
+    watch: Any = replay
+    sizes: list[int] = []
+    taken: list[bool] = []
+    takes, most = replay.takes, min(STEP, kernels().few)
+
+    def watched(plan: Any) -> bool:
+        if len(plan.rows):
+            sizes.append(int(plan.counts.sum()))
+            taken.append(takes(plan))
+        return takes(plan)
+
+    watch.takes = watched
+    try:
+        recorded, eager = ([o.outputs[0] for o in llm.generate(prompts, params, use_tqdm=False)] for llm in engines)
+    finally:
+        watch.takes = takes
+    assert max(sizes) == min(STEP, sum(n for n, _ in shapes[:ROWS]))
+    assert taken == [size <= most for size in sizes]
+    assert [c.token_ids for c in recorded] == [c.token_ids for c in eager]
+    assert [c.logprobs for c in recorded] == [c.logprobs for c in eager]
+
+
+@needs_library
+def test_buffers_are_touched_as_far_as_a_step_needs() -> None:
+    """Room for the largest step must not cost the memory of the largest step."""
+    with LLM("demo", max_num_batched_tokens=8192, skip_tokenizer_init=True) as llm:
+        memory = replay_of(llm)._recording._memory
+        assert sum(each.nbytes for each in memory) > 20 << 20
+        params = SamplingParams(temperature=0.0, max_tokens=3, detokenize=False)
+        llm.generate({"prompt_token_ids": [10, 11, 12]}, params, use_tqdm=False)
+        assert sum(resident(each) for each in memory) < 4 << 20
+
+
+LEARNED = {
+    "gpt2": {"architectures": ["GPT2LMHeadModel"], "n_embd": 48, "n_layer": 2, "n_head": 3, "n_positions": 96},
+    "opt": {"architectures": ["OPTForCausalLM"], "word_embed_proj_dim": 48},
+    "opt-350m": {"architectures": ["OPTForCausalLM"], "word_embed_proj_dim": 24, "do_layer_norm_before": False},
+}
+OPT_SIZES = {"hidden_size": 48, "ffn_dim": 96, "num_hidden_layers": 2, "num_attention_heads": 3}
+
+
+@needs_library
+@pytest.mark.parametrize("kind", LEARNED)
+@pytest.mark.parametrize("quantization", [None, "int8"])
+def test_learned_positions_are_recorded(tmp_path: Path, kind: str, quantization: str | None) -> None:
+    raw: dict[str, Any] = {"vocab_size": 300, "max_position_embeddings": 96, "bos_token_id": 1, "eos_token_id": 2}
+    raw |= LEARNED[kind] | (OPT_SIZES if kind != "gpt2" else {})
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    params = SamplingParams(temperature=0.0, max_tokens=6, logprobs=2, ignore_eos=True, detokenize=False)
+    prompts = [{"prompt_token_ids": [(5 * i + j) % 250 + 10 for j in range(n)]} for i, n in enumerate((1, 70, 12))]
+    common: dict[str, Any] = {"load_format": "dummy", "dtype": "float32", "skip_tokenizer_init": True}
+    common["quantization"] = quantization
+    seen: list[Any] = []
+    for eager in (False, True):
+        with LLM(str(tmp_path), enforce_eager=eager, **common) as llm:
+            assert isinstance(replay_of(llm), NoReplay if eager else HostReplay)
+            seen.append([o.outputs[0] for o in llm.generate(prompts, params, use_tqdm=False)])
+    assert [c.token_ids for c in seen[0]] == [c.token_ids for c in seen[1]]
+    assert [c.logprobs for c in seen[0]] == [c.logprobs for c in seen[1]]
 
 
 @needs_library

@@ -270,10 +270,11 @@ def _cache(args: EngineArgs, dtype: str, machine: Machine) -> CacheConfig:
 
 
 def default_budgets(device: str, machine: Machine, usage: str, world_size: int) -> tuple[int, int]:
-    """(tokens, sequences) in a step: vLLM's defaults, because users notice where they differ."""
+    """(tokens, sequences) in a step: vLLM's defaults, because users notice where they differ. On a CPU fewer tokens: a
+    step of 512 computes as fast as one of 4096, in an eighth of the memory, and keeps nobody waiting as long."""
     offline = usage == "llm"
     if device == "cpu":
-        return (4096 if offline else 2048) * world_size, (256 if offline else 128) * world_size
+        return 512 * world_size, (256 if offline else 128) * world_size
     gpu = machine.gpus[0]
     if gpu.memory >= 160 * GIB:
         return 16384, 1024

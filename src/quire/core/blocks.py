@@ -18,20 +18,23 @@ class BlockPool:
 
     Unheld pages wait in one queue: those without content at the front, cached ones behind in the order of their
     release, so that taking from the front spends worthless pages first and then the least recently used content.
+    Only the first `at_once` pages (None: all) are in the queue from the beginning. The others cost no memory before
+    they are used, and join when the queue is empty.
     """
 
-    def __init__(self, num_blocks: int) -> None:
+    def __init__(self, num_blocks: int, at_once: int | None = None) -> None:
         self.num_blocks = num_blocks
+        self._used = num_blocks if at_once is None else min(at_once, num_blocks)  # pages that are or were in the queue
         self._count = [0] * num_blocks
         self._key: list[Key | None] = [None] * num_blocks
         self._index: dict[Key, int] = {}
-        self._unheld: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
+        self._unheld: OrderedDict[int, None] = OrderedDict.fromkeys(range(self._used))
         self._cached = 0
 
     @property
     def available(self) -> int:
         """Pages that `take` can hand out: free and cached ones."""
-        return len(self._unheld)
+        return len(self._unheld) + self.num_blocks - self._used
 
     @property
     def cached(self) -> int:
@@ -44,7 +47,7 @@ class BlockPool:
 
     @property
     def held(self) -> int:
-        return self.num_blocks - len(self._unheld)
+        return self._used - len(self._unheld)
 
     def count(self, block: int) -> int:
         return self._count[block]
@@ -58,6 +61,9 @@ class BlockPool:
 
     def take(self) -> tuple[int, Key | None]:
         """An unheld page, now held once, and the key of the content that this evicts. There must be one `available`."""
+        if not self._unheld:
+            self._unheld[self._used] = None
+            self._used += 1
         block, _ = self._unheld.popitem(last=False)
         self._count[block] = 1
         key = self._key[block]
@@ -118,6 +124,7 @@ class BlockPool:
         for block in holders:
             expected[block] += 1
         assert expected == self._count, "reference counts differ from the holders"
-        assert all((c == 0) == (b in self._unheld) for b, c in enumerate(self._count)), "a page is both held and unheld"
+        unheld = self._unheld.keys() | set(range(self._used, self.num_blocks))
+        assert all((c == 0) == (b in unheld) for b, c in enumerate(self._count)), "a page is both held and unheld"
         assert {b: k for k, b in self._index.items()} == {b: k for b, k in enumerate(self._key) if k is not None}
         assert self._cached == sum(self._key[b] is not None for b in self._unheld)

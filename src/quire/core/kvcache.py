@@ -44,11 +44,12 @@ class KVCacheManager:
         block_size: int,
         num_host_blocks: int = 0,
         prefix_caching: bool = True,
+        at_once: int | None = None,
     ) -> None:
         self.groups = groups
         self.block_size = block_size
         self.prefix_caching = prefix_caching
-        self.pool = BlockPool(num_blocks)
+        self.pool = BlockPool(num_blocks, at_once)
         self.host = BlockPool(num_host_blocks)
         self.has_state = any(g.kind == "state" for g in groups)
         self._keeps_all = all(g.kind in ("full", "latent") for g in groups)

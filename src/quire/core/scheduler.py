@@ -17,17 +17,21 @@ from quire.core.rows import Rows
 from quire.core.sequence import Job, Sequence, Status
 from quire.core.state import State
 from quire.types.errors import ClientError
-from quire.types.kv import KVGroup
+from quire.types.kv import KVGroup, pages_needed
 from quire.types.plan import Plan, StepResult
 from quire.types.request import Delta, FinishReason, Request
 from quire.types.stats import EngineStats
+
+FIRST_TOKENS = 8192  # what a growing pool of pages holds from the beginning
 
 
 class Scheduler:
     """Args: `num_blocks` pages on the device and `num_host_blocks` on the host, of `block_size` tokens each; at most
     `max_num_seqs` rows; `max_num_batched_tokens` a step; sequences of at most `max_model_len` tokens; `stages` of a
     pipeline, each of which wants a plan of its own; `lead` as in the module's text; `policy` "fcfs" or "priority";
-    `histories`: every row comes with its tokens, since code of the engine reads them.
+    `histories`: every row comes with its tokens, since code of the engine reads them; `grows`: pages beyond those of
+    the longest sequence (or of `FIRST_TOKENS`) are used only once all others are held, rather than to remember more
+    prefixes.
 
     Raises `ValueError` if the pool cannot hold one sequence of `max_model_len` tokens.
     """
@@ -47,9 +51,11 @@ class Scheduler:
         stages: int = 1,
         lead: int = 0,
         histories: bool = False,
+        grows: bool = False,
     ) -> None:
-        kv = KVCacheManager(groups, num_blocks, block_size, num_host_blocks, prefix_caching)
-        need = kv.worst_case(max_model_len, max_num_batched_tokens)
+        need = pages_needed(groups, max_model_len, max_num_batched_tokens, block_size)
+        at_once = max(need, FIRST_TOKENS // block_size) if grows else None
+        kv = KVCacheManager(groups, num_blocks, block_size, num_host_blocks, prefix_caching, at_once)
         if need > num_blocks:
             raise ClientError(
                 f"the KV cache has {num_blocks} blocks of {block_size} tokens, but one sequence of max_model_len="

@@ -55,6 +55,11 @@ class EngineCore:
             stages=config.parallel.pipeline_parallel_size,
             lead=0 if processors else schedule.lead,
             histories=processors,
+            # A CPU's pages cost nothing before they are used. Where nobody said how many there are to be, the memory
+            # belongs to the machine's other programs as long as no sequence needs it.
+            grows=config.device.device == "cpu"
+            and not cache.num_gpu_blocks_override
+            and not cache.kv_cache_memory_bytes,
         )
         self._executor = executor
         self._depth = schedule.depth

@@ -77,7 +77,8 @@ class OutputProcessor:
                     sequence.end("abort", None)
                 state.metrics.finished_time = self._clock()
                 self.observer.ended(state.request, state.metrics, state.reasons, state.cached_tokens)
-                outputs.append(state.output())
+                if (last := state.output(finished=True)) is not None:
+                    outputs.append(last)
         return outputs
 
     def process(self, deltas: Iterable[Delta]) -> tuple[list[RequestOutput], list[End]]:
@@ -95,12 +96,12 @@ class OutputProcessor:
             touched[delta.request_id] = state
         outputs: list[RequestOutput] = []
         for request_id, state in touched.items():
-            if state.finished:
+            if finished := state.finished:
                 state.metrics.finished_time = now
                 del self._requests[request_id]
                 self.observer.ended(state.request, state.metrics, state.reasons, state.cached_tokens)
-            if state.due():
-                outputs.append(state.output())
+            if (output := state.output(finished)) is not None:
+                outputs.append(output)
         return outputs, ends
 
     @property
@@ -165,25 +166,25 @@ class _RequestState:
     @property
     def finished(self) -> bool:
         """A beam search ends all its beams in one step, though there may be fewer than were asked for."""
-        ended = [s.finish_reason is not None for s in self.sequences]
-        if self.beam and any(ended):
-            self.sequences = [s for s in self.sequences if s.finish_reason is not None]
+        if self.beam and (ended := [s for s in self.sequences if s.finish_reason is not None]):
+            self.sequences = ended
             return True
-        return all(ended)
+        for sequence in self.sequences:  # a loop: asked for each token of each request
+            if sequence.finish_reason is None:
+                return False
+        return True
 
-    def due(self) -> bool:
-        if self.kind is RequestOutputKind.FINAL_ONLY:
-            return self.finished
-        return self.finished or any(s.news(self.interval) for s in self.sequences)
-
-    def output(self) -> RequestOutput:
+    def output(self, finished: bool) -> RequestOutput | None:
+        """What is to be told now, if anything is."""
         delta = self.kind is RequestOutputKind.DELTA
         sequences = self.sequences
-        finished = self.finished
-        if delta and not finished:
-            sequences = [s for s in sequences if s.news(self.interval)]
-        elif delta:
-            sequences = [s for s in sequences if s.news(1)]
+        if not finished or delta:
+            if self.kind is RequestOutputKind.FINAL_ONLY:
+                return None
+            fresh = [s for s in sequences if s.news(1 if finished else self.interval)]
+            if not fresh and not finished:
+                return None
+            sequences = fresh if delta else sequences
         prompt_logprobs = self.prompt_logprobs
         if delta:  # reported once
             self.prompt_logprobs = None
@@ -210,6 +211,8 @@ class _Text:
         self.length += self._buffer.write(text)
 
     def part(self, start: int, end: int | None = None) -> str:
+        if start >= self.length:
+            return ""
         self._buffer.seek(start)
         text = self._buffer.read()
         return text if end is None else text[: end - start]

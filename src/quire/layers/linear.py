@@ -140,10 +140,11 @@ class Embedding(Matrix):
         op = EMBEDDING if isinstance(self.weight, Tensor) else QUANTIZED_EMBEDDING
         self.op = ops.bind(op, size=self.weight.shape[1])
 
-    def forward(self, ids_T: Tensor) -> Tensor:
+    def forward(self, ids_T: Tensor, add_TD: Tensor | None = None) -> Tensor:
+        """The rows of the ids, plus `add`."""
         if isinstance(self.weight, Tensor):
-            return self.op(ids_T, self.weight, self.offset)
-        return self.op(ids_T, self.weight, self.offset, self.dtype)
+            return self.op(ids_T, self.weight, self.offset, add_TD)
+        return self.op(ids_T, self.weight, self.offset, self.dtype, add_TD)
 
 
 class LMHead(Matrix):

@@ -40,6 +40,14 @@ class Part:
             source, parents = source[3:], parents[:-1]
         return ".".join([*parents, source])
 
+    def rows(self) -> slice | None:
+        """The rows of the tensor that are taken as they are; None where it is transposed or cut otherwise."""
+        if self.transposed or not self.shape:
+            return None
+        first, *rest = self.take or (slice(None),)
+        begin, end, step = first.indices(self.shape[0])
+        return slice(begin, end) if step == 1 and all(cut == slice(None) for cut in rest) else None
+
     def fill(self, parameter: Tensor, tensor: Tensor) -> None:
         """Copies `tensor` (the whole one, of `shape`) into `parameter`, with a cast and a move where they differ."""
         if self.take is not None:
@@ -53,10 +61,11 @@ class Part:
 @dataclass
 class Slot:
     """How one parameter is filled. `init` says what random numbers suit it when there is no checkpoint: `NORMAL`
-    (around 0) or `NORM` (around 1)."""
+    (around 0) or `NORM` (around 1). `mapped`: the parameter is the file's own bytes, and needs no filling."""
 
     parts: list[Part]
     init: str = NORMAL
+    mapped: bool = False
 
 
 class SlotModule(nn.Module):

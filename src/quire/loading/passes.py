@@ -14,6 +14,7 @@ from torch import nn
 
 from quire.config.schema import Config
 from quire.layers.linear import Matrix
+from quire.loading.mapped import map_parameters
 from quire.loading.weights import load_weights
 from quire.models.registry import ModelRegistry
 from quire.ops.dispatch import Binder
@@ -47,14 +48,21 @@ class Whole:
 
 
 class Materialise:
-    """Gives every parameter memory on the device, uninitialised. Parameters that are one (a tied head) stay one."""
+    """Gives every parameter memory on the device: on a CPU that of the checkpoint's file where it holds the parameter
+    as it is, else uninitialised. Parameters that are one (a tied head) stay one."""
 
     def __call__(self, model: nn.Module, context: LoadContext) -> None:
         made: dict[int, nn.Parameter] = {}
+        mapped: dict[int, torch.Tensor] = {}
+        if context.device.type == "cpu":
+            config = context.config
+            mapped = map_parameters(model, config.model.path, config.load.load_format, context.dtype)
         for module in model.modules():
             for name, old in list(module.named_parameters(recurse=False)):
                 if id(old) not in made:
-                    new = torch.empty(old.shape, dtype=context.dtype, device=context.device)
+                    new = mapped.get(id(old))
+                    if new is None:
+                        new = torch.empty(old.shape, dtype=context.dtype, device=context.device)
                     made[id(old)] = nn.Parameter(new, requires_grad=False)
                 setattr(module, name, made[id(old)])
 

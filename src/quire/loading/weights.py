@@ -10,7 +10,7 @@ import json
 import pickle
 import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,7 +41,7 @@ class _Want:
 
 
 def load_weights(model: nn.Module, folder: Path, load_format: str, seed: int = 0) -> None:
-    """Fills every slot of `model` (materialised) from the checkpoint in `folder`.
+    """Fills every slot of `model` (materialised) that is not mapped from the checkpoint in `folder`.
 
     `load_format`: "auto" (safetensors, else .bin), "safetensors", "pt", "dummy" (small random numbers from `seed`, one
     generator for each tensor name). Tensors are cast to the parameter's dtype. Raises `ClientError` for missing,
@@ -50,7 +50,7 @@ def load_weights(model: nn.Module, folder: Path, load_format: str, seed: int = 0
     wants: dict[str, list[_Want]] = {}
     for path, module, name, slot in walk_slots(model):
         for part in slot.parts:
-            want = _Want(module.get_parameter(name), part, slot)
+            want = _Want(module.get_parameter(name), part, slot, slot.mapped)
             wants.setdefault(part.name(path), []).append(want)
     if load_format == "dummy":
         tensors = _dummy_tensors(wants, seed)
@@ -62,9 +62,9 @@ def load_weights(model: nn.Module, folder: Path, load_format: str, seed: int = 0
     heads: dict[str, Tensor] = {}
     unexpected: list[str] = []
     for name, read in tensors:
-        known = _known_name(name, prefix, wants)
+        known = known_name(name, prefix, wants)
         if known is not None:
-            _fill(name, read(), wants[known])
+            _fill(name, read, wants[known])
         elif name in tied:
             heads[name] = read()
         elif not HARMLESS.search(name):
@@ -75,15 +75,18 @@ def load_weights(model: nn.Module, folder: Path, load_format: str, seed: int = 0
     _complain(folder, missing, unexpected)
 
 
-def _known_name(name: str, prefix: str, wants: dict[str, list[_Want]]) -> str | None:
+def known_name(name: str, prefix: str, wanted: Container[str]) -> str | None:
     """`name` as the slots call it: checkpoints of a bare body leave the prefix away, and some heads add one."""
     for candidate in (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}.")):
-        if candidate in wants:
+        if candidate in wanted:
             return candidate
     return None
 
 
-def _fill(name: str, tensor: Tensor, waiting: list[_Want]) -> None:
+def _fill(name: str, read: Reader, waiting: list[_Want]) -> None:
+    if all(want.filled for want in waiting):
+        return
+    tensor = read()
     if tensor.dtype not in FLOATS:
         raise ClientError(
             f"tensor {name} is stored as {str(tensor.dtype).removeprefix('torch.')}: this checkpoint is quantized; use "
@@ -97,8 +100,9 @@ def _fill(name: str, tensor: Tensor, waiting: list[_Want]) -> None:
                 "configuration and the weights do not belong together",
                 "model",
             )
-        want.part.fill(want.parameter, tensor)
-        want.filled = True
+        if not want.filled:
+            want.part.fill(want.parameter, tensor)
+            want.filled = True
 
 
 def _is_tied(module: nn.Module) -> bool:
@@ -111,13 +115,13 @@ def _settle_tied(name: str, tensor: Tensor, head: nn.Module, wants: dict[str, li
     assert isinstance(head, LMHead)
     (table,) = [want for waiting in wants.values() for want in waiting if want.parameter is head.weight]
     if not table.filled:
-        _fill(name, tensor, [table])
+        _fill(name, lambda: tensor, [table])
     elif tensor.shape == table.parameter.shape and torch.equal(tensor.to(table.parameter), table.parameter):
         return
     else:
         head.untie()
         assert isinstance(head.weight, Tensor), "weights are loaded before they are quantized"
-        _fill(name, tensor, [_Want(head.weight, Part("weight", table.part.shape), table.slot)])
+        _fill(name, lambda: tensor, [_Want(head.weight, Part("weight", table.part.shape), table.slot)])
 
 
 def _complain(folder: Path, missing: list[str], unexpected: list[str]) -> None:

@@ -68,7 +68,7 @@ class GPT2Model(nn.Module):
         self.ln_f = LayerNorm(arch.hidden_size, arch.norm_eps)
 
     def forward(self, tokens_T: Tensor, positions_T: Tensor, step: Step) -> Tensor:
-        x_TD, residual_TD = self.wte(tokens_T) + self.wpe(positions_T), None
+        x_TD, residual_TD = self.wpe(positions_T, self.wte(tokens_T)), None
         for block in self.h:
             x_TD, residual_TD = block(x_TD, residual_TD, positions_T, step)
         return self.ln_f(x_TD, residual_TD)[0]

@@ -71,7 +71,7 @@ class OPTDecoder(nn.Module):
         self.project_out = Linear(d, narrow) if narrow != d else nn.Identity()
 
     def forward(self, tokens_T: Tensor, positions_T: Tensor, step: Step) -> Tensor:
-        x_TD = self.project_in(self.embed_tokens(tokens_T)) + self.embed_positions(positions_T)
+        x_TD = self.embed_positions(positions_T, self.project_in(self.embed_tokens(tokens_T)))
         residual_TD = None
         for layer in self.layers:
             x_TD, residual_TD = layer(x_TD, residual_TD, positions_T, step)

@@ -23,9 +23,10 @@ def linear(x_TD: Tensor, weight_ND: Tensor, bias_N: Tensor | None, dtype: torch.
     return y_TN if dtype is None else y_TN.to(dtype)
 
 
-def embedding(ids_T: Tensor, table_VD: Tensor, offset: int) -> Tensor:
-    """(T, D): rows of the table at ids + offset."""
-    return F.embedding(ids_T + offset if offset else ids_T, table_VD)
+def embedding(ids_T: Tensor, table_VD: Tensor, offset: int, add_TD: Tensor | None = None) -> Tensor:
+    """(T, D): rows of the table at ids + offset, plus `add`."""
+    rows_TD = F.embedding(ids_T + offset if offset else ids_T, table_VD)
+    return rows_TD if add_TD is None else rows_TD + add_TD
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,9 +109,12 @@ def quantized_linear(
     return y_TN.to(dtype).unflatten(0, x_TD.shape[:-1])
 
 
-def quantized_embedding(ids_T: Tensor, table: QuantizedWeight, offset: int, dtype: torch.dtype) -> Tensor:
-    """(T, D) in `dtype`: rows of the table at ids + offset."""
-    return table.dense(ids_T + offset).to(dtype)
+def quantized_embedding(
+    ids_T: Tensor, table: QuantizedWeight, offset: int, dtype: torch.dtype, add_TD: Tensor | None = None
+) -> Tensor:
+    """(T, D) in `dtype`: rows of the table at ids + offset, plus `add`."""
+    rows_TD = table.dense(ids_T + offset).to(dtype)
+    return rows_TD if add_TD is None else rows_TD + add_TD
 
 
 LINEAR = REGISTRY.op("linear", linear)

@@ -23,11 +23,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from quire.ops.dispatch import REGISTRY
+from quire.ops.native import register
 from quire.ops.philox import gumbel_at, gumbel_rows
 
 NEG_INF = float("-inf")
 IN_PROMPT = 1 << 30  # bit of a token's count: it occurs in the prompt; the bits below count it in the output
-_ONE = 2.0**40  # the mass of the likeliest token; 2^23 tokens of it would still fit in an int64
+# The likeliest token has mass 2^40; 2^23 tokens of it would still fit in an int64. 2^f = 1 + f (c1 + f (c2 + ...)) on
+# -1/2 .. 1/2, from c5; float32 numbers all.
+_LOG2E = 1.44269502162933349609375
+_EXP2 = (0.001326472614891827, 0.009671512991189957, 0.05550733581185341, 0.24022242426872253, 0.6931470036506653)
 _FIRST_LOOK = 256  # candidates among which the nucleus is searched before all are sorted
 _CHUNK = 1 << 21  # elements of noise made at once: bounds the memory, and keeps a CPU's caches warm
 
@@ -127,8 +132,17 @@ def thresholds(
 
 
 def _mass(x: Tensor, top: Tensor) -> Tensor:
-    """exp(x - top) in units of 2^-40, as int64. An infinite maximum has mass one, and all else none."""
-    return torch.exp(x - top).nan_to_num_(nan=1.0).mul_(_ONE).to(torch.int64)
+    """exp(x - top) in units of 2^-40, as int64, to 1e-6 of its value. An infinite maximum has mass one, and all else
+    none. Sums and products alone, each rounded once: the same number on every device and in every implementation, where
+    the exponential function of each library has last places of its own."""
+    t = ((x - top) * _LOG2E).nan_to_num_(nan=0.0).clamp_min_(-64.0)
+    n = t.round()
+    f = t.sub_(n)
+    p = f * _EXP2[0]
+    for c in _EXP2[1:]:
+        p.add_(c).mul_(f)
+    p.add_(1.0)
+    return p.mul_((n.to(torch.int32) + 167).bitwise_left_shift_(23).view(torch.float32)).to(torch.int64)  # 2^(n + 40)
 
 
 def _nucleus(x_SV: Tensor, top_S: Tensor, low_S: Tensor, top_p_S: Tensor, sorted_SK: Tensor, static: bool) -> Tensor:
@@ -199,6 +213,29 @@ def _draw_survivors(x_SV: Tensor, low_S: Tensor, greedy_S: Tensor, noise: Noise)
     first_N = torch.where(score_N == best_S[row_N], token_N, vocab)
     # a row without survivors (all NaN) keeps token 0; the caller sees it by the row's maximum
     return token_N.new_full((rows,), vocab).scatter_reduce_(0, row_N, first_N, "amin").remainder_(vocab)
+
+
+def sample(
+    logits_SV: Tensor,
+    temperature_S: Tensor,
+    log_min_p_S: Tensor,
+    top_k_S: Tensor,
+    top_p_S: Tensor,
+    greedy_S: Tensor,
+    noise: Noise,
+    max_k: int,
+    nucleus: bool,
+    static: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(tokens int64, largest scaled logit, threshold) of each row: the op `sample`. `logits_SV` (float32) is divided by
+    the temperatures (float32) in place; the rest is as for `thresholds` and `draw`."""
+    x_SV = logits_SV.div_(temperature_S.unsqueeze(1))
+    low_S, top_S = thresholds(x_SV, log_min_p_S, top_k_S, top_p_S, max_k, nucleus, static)
+    return draw(x_SV, low_S, greedy_S, noise, static), top_S, low_S
+
+
+SAMPLE = REGISTRY.op("sample", sample)
+register(SAMPLE, "supports_sampling")
 
 
 # --- logprobs --------------------------------------------------------------------------------------------------------

@@ -2,27 +2,28 @@
 
 Knows layers and groups, not who holds which page: it does what a plan says. The i-th layer of every group shares one
 tensor; since all groups draw page ids from one pool, no page is used by two of them at a time.
-Shape legend: N pages, B tokens of a page, K KV heads, E head size; a tensor is (2, N, B, K, E): keys, values.
+Shape legend: N pages, B tokens of a page, K KV heads, E head size; a tensor is (2, N, B, K, E): keys, values (in int8
+each row holds its scale as well, see `ops.cache`).
 """
 
 from __future__ import annotations
 
 import math
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from quire.config.arch import ModelArch
-from quire.ops.cache import copy_pages
+from quire.ops.cache import copy_pages, row_size
 from quire.types.kv import KVGroup
 from quire.types.plan import Ints
+from quire.utils.pages import untouched
 
 
 def page_bytes(arch: ModelArch, groups: tuple[KVGroup, ...], block_size: int, dtype: torch.dtype) -> int:
     """Bytes of one page over all the tensors that it runs through."""
     layers = max(len(group.layers) for group in groups)
-    return layers * 2 * block_size * arch.num_kv_heads * arch.head_dim * dtype.itemsize
+    return layers * 2 * block_size * arch.num_kv_heads * row_size(arch.head_dim, dtype) * dtype.itemsize
 
 
 class KVStore:
@@ -39,7 +40,7 @@ class KVStore:
         device: torch.device,
     ) -> None:
         count = max(len(group.layers) for group in groups)
-        shape = (block_size, arch.num_kv_heads, arch.head_dim)
+        shape = (block_size, arch.num_kv_heads, row_size(arch.head_dim, dtype))
         self.tensors = [_zeros((2, num_blocks, *shape), dtype, device, pin=False) for _ in range(count)]
         self._host = [
             _zeros((2, num_host_blocks, *shape), dtype, torch.device("cpu"), pin=device.type == "cuda")
@@ -69,8 +70,7 @@ class KVStore:
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, pin: bool) -> Tensor:
     if device.type != "cpu" or pin:
         return torch.zeros(shape, dtype=dtype, device=device, pin_memory=pin)
-    # NumPy asks the system for zeroed memory, which costs nothing until it is used; torch would write the zeros.
-    return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)
+    return torch.from_numpy(untouched(math.prod(shape) * dtype.itemsize)).view(dtype).view(shape)
 
 
 def _ids(pairs: Ints) -> tuple[Tensor, Tensor]:

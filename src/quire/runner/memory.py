@@ -49,7 +49,7 @@ def num_blocks(config: Config, groups: tuple[KVGroup, ...], dtype: torch.dtype, 
     else:
         share = _free_host_memory() // (2 * config.parallel.world_size)
         budget = min(share, longest * config.scheduler.max_num_seqs * page)
-        source = "half of the free memory, or what max_num_seqs sequences can fill"
+        source = "at most: half of the free memory, or what max_num_seqs sequences can fill; taken as it is used"
     count = budget // page
     log.info("KV cache: %d blocks of %d tokens, %.2f GiB (%s)", count, cache.block_size, count * page / GIB, source)
     if count < longest:

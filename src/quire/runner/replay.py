@@ -1,7 +1,9 @@
-"""Small steps on a CPU as one native call: the whole forward, recorded once, over buffers that stay where they are.
+"""Steps on a CPU as one native call: the whole forward, recorded once, over buffers that stay where they are.
 
-Owns: those buffers, what goes into them for a plan, and when a plan is small enough. Python costs a few microseconds an
-operation, which over thirty layers is more than a small model computes; a recorded step costs it once.
+Owns: those buffers, what goes into them for a plan, and which plans fit. Python costs a few microseconds an operation,
+which over thirty layers is more than a small model computes, and torch's temporaries are returned to the system after
+each prefill only to be asked for again; a recorded step costs neither. The buffers have room for the largest step, but
+memory is taken only as far as a step has reached.
 Shape legend: T tokens, R rows of the step, S sampled rows, P pages of a row, V vocabulary.
 """
 
@@ -28,7 +30,6 @@ from quire.types.plan import Plan
 
 log = logging.getLogger(__name__)
 
-MAX_TOKENS = 64  # most tokens of a recorded step, where the kernels serve as many
 TOKENS, ROWS, DECODES, SAMPLES = range(4)  # entries of the program's dims
 
 
@@ -64,13 +65,18 @@ class NoReplay:
 
 
 class HostReplay:
-    """Raises `Unrecordable` for models whose forward is not all native."""
+    """Steps of up to `max_tokens` tokens, or as many as the kernels serve. Raises `Unrecordable` for models whose
+    forward is not all native."""
 
-    def __init__(self, model: CausalLM, table: RequestTable, store: KVStore, native: Kernels) -> None:
-        # Sizes are told apart by their numbers while recording, so no two may be equal, nor be met by chance.
+    def __init__(self, model: CausalLM, table: RequestTable, store: KVStore, native: Kernels, max_tokens: int) -> None:
         pool = native.pool
-        self._max_tokens = self._max_rows = min(MAX_TOKENS, native.few)
-        tokens, rows, decodes, samples = MAX_TOKENS + 7, MAX_TOKENS + 11, MAX_TOKENS + 13, MAX_TOKENS + 17
+        self._max_tokens = min(max_tokens, native.few)
+        self._max_rows = min(table.padding_row, self._max_tokens)
+        # Sizes are told apart by their numbers while recording, so no two are equal. A row is sampled once at most.
+        samples = self._max_rows + 1
+        rows = samples + 1
+        tokens = max(self._max_tokens, rows + 1)
+        decodes = tokens + 1
         sizes = {tokens: TOKENS, rows: ROWS, decodes: DECODES, samples: SAMPLES}
         self._table = table
         groups = len(table.pages_RP)
@@ -154,14 +160,14 @@ class HostReplay:
 
 
 def make_replay(
-    model: CausalLM, table: RequestTable, store: KVStore, device: torch.device, enforce_eager: bool
+    model: CausalLM, table: RequestTable, store: KVStore, device: torch.device, max_tokens: int, enforce_eager: bool
 ) -> Replay:
-    """Recorded steps on a CPU with the native library, for models that can be recorded."""
+    """Recorded steps of up to `max_tokens` on a CPU with the native library, for models that can be recorded."""
     native = kernels_of(model)
     if native is None or device.type != "cpu" or enforce_eager:
         return NoReplay()
     try:
-        return HostReplay(model, table, store, native)
+        return HostReplay(model, table, store, native, max_tokens)
     except Unrecordable as reason:
         log.info("steps run operation by operation: %s", reason)
         return NoReplay()

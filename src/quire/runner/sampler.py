@@ -29,11 +29,10 @@ from quire.ops.sampling import (
     Noise,
     add_edits,
     allowed_bits,
-    draw,
     draw_greedy,
     forbid_words,
     penalise,
-    thresholds,
+    sample,
     token_logprobs,
 )
 from quire.runner.grammars import Compilers
@@ -42,7 +41,7 @@ from quire.runner.sampling_state import Needs, Real, SamplingState, Whole, to_de
 from quire.types.errors import ClientError
 from quire.types.plan import Ints, PromptLogprobs, TokenLogprobs, ints
 
-__all__ = ["LOGPROBS_MODES", "Finished", "Sampled", "Sampler", "SamplingState", "sample_general", "sample_greedy"]
+__all__ = ["LOGPROBS_MODES", "Finished", "Sampled", "Sampler", "SamplingState", "sample_greedy"]
 
 LOGPROBS_MODES = ("raw_logprobs", "processed_logprobs", "raw_logits", "processed_logits")
 
@@ -116,26 +115,6 @@ def sample_greedy(logits_SV: Tensor) -> tuple[Tensor, Tensor]:
     return draw_greedy(logits_SV)
 
 
-def sample_general(
-    logits_SV: Tensor,
-    reals_SP: Tensor,
-    wholes_SP: Tensor,
-    positions_S: Tensor,
-    max_k: int,
-    nucleus: bool,
-    static: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(tokens, largest logit, threshold) of rows of any kind, from `SamplingState.numbers`. `logits_SV` is scaled in
-    place. max_k: at least the largest top_k; nucleus: whether a row may have a top_p; neither changes a result."""
-    x_SV = logits_SV.div_(reals_SP[:, Real.TEMPERATURE].float().unsqueeze(1))
-    log_min_p_S, top_p_S = reals_SP[:, Real.LOG_MIN_P].float(), reals_SP[:, Real.TOP_P]
-    low_S, top_S = thresholds(x_SV, log_min_p_S, wholes_SP[:, Whole.TOP_K], top_p_S, max_k, nucleus, static)
-    noise = Noise(wholes_SP[:, Whole.SEED], wholes_SP[:, Whole.SAMPLE], positions_S)
-    greedy_S = wholes_SP[:, Whole.GREEDY] != 0
-    # that greedy rows keep their likeliest tokens only is how they are drawn, not what the user asked for
-    return draw(x_SV, low_S, greedy_S, noise, static), top_S, low_S.masked_fill(greedy_S, NEG_INF)
-
-
 class Sampler:
     """Draws tokens from logits.
 
@@ -147,6 +126,7 @@ class Sampler:
         logprobs_mode: what logprobs are taken from, one of `LOGPROBS_MODES`. "raw": before any change to the logits;
             "processed": after temperature and truncation.
         compilers: where the grammars of constrained rows come from.
+        op: the implementation of the op `sample`.
     """
 
     def __init__(
@@ -156,6 +136,7 @@ class Sampler:
         max_logprobs: int = 20,
         engine_processors: Sequence[LogitsProcessor] = (),
         logprobs_mode: str = "raw_logprobs",
+        op: Callable[..., tuple[Tensor, Tensor, Tensor]] = sample,
         compilers: Compilers | None = None,
     ) -> None:
         if logprobs_mode not in LOGPROBS_MODES:
@@ -164,6 +145,7 @@ class Sampler:
         self.vocab_size, self.device, self.max_logprobs = vocab_size, torch.device(device), max_logprobs
         self.engine_processors = tuple(engine_processors)
         self._compilers = compilers
+        self._sample = op
         self._raw = logprobs_mode.startswith("raw")
         self._normalise = logprobs_mode.endswith("logprobs")
 
@@ -203,15 +185,21 @@ class Sampler:
             low_S = None
         else:
             max_k = int(state.top_k[rows].max(initial=0)) if union & Needs.TOP_K else 0
-            tokens_S, top_S, low_S = sample_general(
+            greedy_S = wholes_SP[:, Whole.GREEDY] != 0
+            tokens_S, top_S, low_S = self._sample(
                 logits_SV,
-                reals_SP,
-                wholes_SP,
-                positions_S,
+                reals_SP[:, Real.TEMPERATURE].float(),
+                reals_SP[:, Real.LOG_MIN_P].float(),
+                wholes_SP[:, Whole.TOP_K],
+                reals_SP[:, Real.TOP_P],
+                greedy_S,
+                Noise(wholes_SP[:, Whole.SEED], wholes_SP[:, Whole.SAMPLE], positions_S),
                 max_k,
                 bool(union & Needs.TOP_P),
-                static=_static(self.device),
+                _static(self.device),
             )
+            # that greedy rows keep their likeliest tokens only is how they are drawn, not what the user asked for
+            low_S = low_S.masked_fill(greedy_S, NEG_INF)
         lines = []
         for (at, top), raw_GV in zip(wanted, kept, strict=True):
             index = to_device(np.array(at), self.device)

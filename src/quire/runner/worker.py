@@ -18,6 +18,7 @@ from quire.models.base import CausalLM, kv_groups
 from quire.ops.dispatch import Binder
 from quire.ops.native.bound import kernels_of
 from quire.ops.native.kernels import ANY
+from quire.ops.sampling import SAMPLE
 from quire.runner import memory
 from quire.runner.kv_store import KVStore
 from quire.runner.logits import load_processors
@@ -29,6 +30,8 @@ from quire.structured.compiler import Compiler, compiler
 from quire.types.errors import ClientError
 from quire.types.kv import KVGroup
 from quire.types.plan import Plan, StepResult
+
+KV_DTYPES = DTYPES | {"int8": torch.int8}
 
 
 class Worker:
@@ -55,10 +58,11 @@ class Worker:
             config.model.max_logprobs,
             processors,
             config.model.logprobs_mode,
+            self.ops.bind(SAMPLE),
             compilers=partial(_compiler, config),
         )
         self.kv_groups: tuple[KVGroup, ...] = kv_groups(arch, config.model.max_model_len)
-        kv_dtype = DTYPES.get(config.cache.kv_cache_dtype, dtype)
+        kv_dtype = KV_DTYPES[config.cache.kv_cache_dtype]
         self.num_blocks = memory.num_blocks(config, self.kv_groups, kv_dtype, self.device)
         self.num_host_blocks = memory.num_host_blocks(config, self.kv_groups, kv_dtype)
         try:
@@ -71,7 +75,8 @@ class Worker:
         table = RequestTable(
             config.scheduler.max_num_seqs, config.model.max_model_len, size, len(self.kv_groups), sampler, self.device
         )
-        replay = make_replay(model, table, store, self.device, config.model.enforce_eager)
+        budget = config.scheduler.max_num_batched_tokens
+        replay = make_replay(model, table, store, self.device, budget, config.model.enforce_eager)
         self._runner = ModelRunner(model, store, table, sampler, replay, self.device, config.scheduler.depth)
         if self.device.type == "cpu":
             _leave_the_cores_to_native_threads(model, self.ops)

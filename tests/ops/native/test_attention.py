@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from quire.ops.attention import AttentionMeta, GroupMeta, attention
+from quire.ops.cache import quantize_rows, read_rows
 from quire.ops.native.kernels import Kernels
 
 BOUNDS = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
@@ -32,9 +34,17 @@ class World:
 
     @classmethod
     def make(
-        cls, seed: int, rows: list[tuple[int, int]], heads: tuple[int, int], size: int, block: int, dtype: torch.dtype
+        cls,
+        seed: int,
+        rows: list[tuple[int, int]],
+        heads: tuple[int, int],
+        size: int,
+        block: int,
+        dtype: torch.dtype,
+        int8: bool = False,
     ) -> World:
-        """`rows`: (length, new tokens); a row of length 0 is padding and has one token without a slot."""
+        """`rows`: (length, new tokens); a row of length 0 is padding and has one token without a slot. `int8`: the
+        cache's type."""
         g = torch.Generator().manual_seed(seed)
         pages = [-(-length // block) for length, _ in rows]
         kv = torch.full((2, sum(pages) + 2, block, heads[1], size), torch.nan)
@@ -64,13 +74,13 @@ class World:
             groups=(group,),
             kv_lens=[n for n, _ in rows],
         )
-        return cls(q, k, v, kv.to(dtype), group, meta)
+        return cls(q, k, v, quantize_rows(kv) if int8 else kv.to(dtype), group, meta)
 
     def check(self, kernels: Kernels, **rule: Any) -> Tensor:
         kv = self.kv.clone()
         expected = attention(self.q, self.k, self.v, self.kv, self.group, self.meta, **rule)
         got = kernels.attention(self.q, self.k, self.v, kv, self.group, self.meta, **rule)
-        assert torch.equal(kv.nan_to_num(7.0), self.kv.nan_to_num(7.0)), "what was written to the cache"
+        assert torch.equal(kv.nan_to_num(7.0), self.kv.nan_to_num(7.0)), "what was written to the cache, to the bit"
         spread = max(1.0, expected.float().abs().max().item()) if expected.numel() else 1.0
         error = (got.float() - expected.float()).abs().max().item() / spread if expected.numel() else 0.0
         assert error <= BOUNDS[self.q.dtype], error
@@ -92,6 +102,7 @@ def batches(draw: st.DrawFn) -> dict[str, Any]:
         "size": draw(st.sampled_from([1, 2, 6, 16, 33, 64, 80, 100, 128])),
         "block": draw(st.sampled_from([1, 2, 7, 16, 64])),
         "dtype": draw(st.sampled_from(list(BOUNDS))),
+        "int8": draw(st.booleans()),
     }
 
 
@@ -113,8 +124,13 @@ def test_equals_the_reference(
 
 def test_a_token_depends_on_no_neighbour(kernels: Of) -> None:
     """The same bits alone (split over threads) and in a crowd (a row at a time)."""
+    for int8 in (False, True):
+        _check_alone(kernels, int8)
+
+
+def _check_alone(kernels: Of, int8: bool) -> None:
     rows = [(1300, 1), (17, 1), (513, 1), *[(40 + i, 1) for i in range(30)]]
-    crowd = World.make(3, rows, (6, 2), 64, 16, torch.bfloat16)
+    crowd = World.make(3, rows, (6, 2), 64, 16, torch.bfloat16, int8)
     together = crowd.check(kernels(2), scale=0.125)
     for r in range(3):
         meta, group = crowd.meta, crowd.group
@@ -131,8 +147,8 @@ def test_a_token_depends_on_no_neighbour(kernels: Of) -> None:
 
 
 def test_nan_is_not_lost(kernels: Of) -> None:
-    for count in (1, 20):
-        world = World.make(1, [(50, count)], (4, 2), 16, 16, torch.float32)
+    for count, int8, dtype in product((1, 20), (False, True), BOUNDS):
+        world = World.make(1, [(50, count)], (4, 2), 16, 16, dtype, int8)
         world.k[-1, 1] = math.nan
         out = kernels(2).attention(world.q, world.k, world.v, world.kv, world.group, world.meta, 0.3)
         assert out[-1, 2:].isnan().all() and not out[-1, :2].isnan().any()
@@ -146,3 +162,16 @@ def test_a_wrong_page_shows(kernels: Of) -> None:
     tables[1, :2] = tables[1, :2].flip(0)
     swapped = kernels(2).attention(world.q, world.k, world.v, world.kv, world.group, world.meta, 0.3, window=30)
     assert not torch.allclose(got.float(), swapped.float(), atol=0.1)
+
+
+def test_a_row_in_int8_keeps_seven_bits() -> None:
+    x = torch.randn(50, 3, 21, generator=torch.Generator().manual_seed(1)) * torch.logspace(-3, 3, 50).view(-1, 1, 1)
+    x[0] = 0.0
+    x[1, 1, 4], x[2, 2, 20] = math.inf, math.nan
+    rows = quantize_rows(x)
+    assert rows.shape == (50, 3, 28)
+    got = read_rows(rows, 21)
+    assert got[1, 1].isnan().all() and got[2, 2].isnan().all()
+    assert not got[0].any() and not got[1, 0].isnan().any()
+    part, whole = got[3:], x[3:]
+    assert ((part - whole).abs() <= whole.abs().amax(-1, keepdim=True) * (0.5001 / 127)).all()

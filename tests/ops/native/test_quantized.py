@@ -128,6 +128,9 @@ def test_embedding(kernels: Of, tokens: int, size: int, dtype: torch.dtype, bits
     ids = torch.randint(0, 9, (tokens,))
     got = kernels(2).quantized_embedding(ids, table, 2, dtype)
     assert torch.equal(got, references.quantized_embedding(ids, table, 2, dtype))
+    more = torch.randn(tokens, table.shape[1]).to(dtype)
+    got = kernels(2).quantized_embedding(ids, table, 2, dtype, more)
+    torch.testing.assert_close(got, references.quantized_embedding(ids, table, 2, dtype, more))
 
 
 def test_an_id_beyond_the_table_reads_nothing(kernels: Of) -> None:

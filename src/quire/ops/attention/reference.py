@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from quire.ops.attention.meta import AttentionMeta, GroupMeta
-from quire.ops.cache import write_kv
+from quire.ops.cache import read_rows, write_kv
 
 # A slice of the work (queries of a long row, rows among the decodes) makes about this many numbers at the most, so
 # that memory grows neither with the square of a length nor with rows x the longest.
@@ -31,7 +31,8 @@ def attention(
     softcap: float | None = None,
     slopes_H: Tensor | None = None,
 ) -> Tensor:
-    """Writes the step's keys and values to their slots, then attends; returns (T, H, E) in the dtype of q.
+    """Writes the step's keys and values to their slots, rounded to the cache's type (`ops.cache`: any float, or int8),
+    then attends; returns (T, H, E) in the dtype of q.
 
     Causal: token i of a row sees tokens j <= i, with a `window` only i - window < j. Scores are q.k * scale, then
     softcap * tanh(scores / softcap), then + slope * (j - i) (ALiBi, arXiv:2108.12409); softmax in float32. Rows of
@@ -84,7 +85,7 @@ def _decodes(q_RHE: Tensor, kv: Tensor, group: GroupMeta, meta: AttentionMeta, t
     rows, heads, size = q_RHE.shape
     pages = meta.max_len // kv.shape[2]
     tables = group.block_tables_RP[these, :pages].long().clamp(min=0)
-    k_RKLE, v_RKLE = (pool[tables].flatten(1, 2).transpose(1, 2).float() for pool in (kv[0], kv[1]))
+    k_RKLE, v_RKLE = (read_rows(pool[tables], size).flatten(1, 2).transpose(1, 2) for pool in (kv[0], kv[1]))
     q_RKGQE = q_RHE.float().view(rows, kv.shape[3], -1, 1, size)
     i = (meta.lengths_R[these].long() - 1).view(rows, 1, 1, 1, 1)
     j = torch.arange(k_RKLE.shape[2], device=q_RHE.device)
@@ -103,7 +104,7 @@ def _row(q_QHE: Tensor, kv: Tensor, group: GroupMeta, meta: AttentionMeta, row: 
     table = group.block_tables_RP[row, : -(-bound // block)].long().clamp(min=0)
     length = meta.lengths_R[row].long()
     j = torch.arange(table.shape[0] * block, device=q_QHE.device)
-    k_KLE, v_KLE = (pool[table].flatten(0, 1).transpose(0, 1).float() for pool in (kv[0], kv[1]))
+    k_KLE, v_KLE = (read_rows(pool[table], size).flatten(0, 1).transpose(0, 1) for pool in (kv[0], kv[1]))
     unseen = (j >= length) if rule.window is None else (j >= length) | (j <= length - count - rule.window)
     v_KLE = v_KLE.masked_fill(unseen.view(1, -1, 1), 0.0)
     q_KGQE = q_QHE.float().view(count, kv.shape[3], -1, size).permute(1, 2, 0, 3)

@@ -9,17 +9,20 @@ Shape legend: T tokens, D features, N outputs, K KV heads, H query heads, E head
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from quire.ops import linear as references
+from quire.ops import sampling
 from quire.ops.attention import reference
 from quire.ops.attention.meta import AttentionMeta, GroupMeta
 from quire.ops.dispatch import Case
 from quire.ops.linear import QuantizedWeight
 from quire.ops.native import program
 from quire.ops.native.library import PORTABLE, Pool, levels, load
+from quire.ops.sampling import Noise
 
 
 def refusal(case: Case) -> str | None:
@@ -35,6 +38,11 @@ def refusal(case: Case) -> str | None:
 def supports_activation(case: Case) -> str | None:
     kind = case.shapes.get("kind", "silu")
     return refusal(case) or (None if kind in program.KINDS else f"has no kernel for {kind}")
+
+
+def supports_sampling(case: Case) -> str | None:
+    """Logits are float32 whatever the model's type."""
+    return refusal(replace(case, dtype=torch.float32))
 
 
 def supports_attention(case: Case) -> str | None:
@@ -138,7 +146,7 @@ class Kernels:
         softcap: float | None = None,
         slopes_H: Tensor | None = None,
     ) -> Tensor:
-        if kv.dtype != q_THE.dtype or not kv[0].is_contiguous():
+        if kv.dtype not in (q_THE.dtype, torch.int8) or not kv[0].is_contiguous():
             return reference.attention(q_THE, k_TKE, v_TKE, kv, group, meta, scale, window, softcap, slopes_H)
         q_THE, k_TKE, v_TKE = _heads(q_THE), _heads(k_TKE), _heads(v_TKE)
         out_THE = self.empty(q_THE.shape, q_THE.dtype)
@@ -163,9 +171,10 @@ class Kernels:
         self.pool.run(program.linear(x_TK, weight_NK, bias_N, out_TN, self.count(x_TK.shape[0])))
         return out_TN.view(*x.shape[:-1], weight_NK.shape[0])
 
-    def embedding(self, ids_T: Tensor, table_VD: Tensor, offset: int) -> Tensor:
+    def embedding(self, ids_T: Tensor, table_VD: Tensor, offset: int, add_TD: Tensor | None = None) -> Tensor:
+        add_TD = None if add_TD is None else _rows(add_TD)
         out_TD = self.empty((ids_T.shape[0], table_VD.shape[1]), table_VD.dtype)
-        self.pool.run(program.gather(ids_T, table_VD, out_TD, self.count(ids_T.shape[0]), offset))
+        self.pool.run(program.gather(ids_T, table_VD, out_TD, self.count(ids_T.shape[0]), offset, add_TD))
         return out_TD
 
     def quantized_linear(
@@ -178,9 +187,42 @@ class Kernels:
         self.pool.run(program.quantized_linear(x_TK, weight, bias_N, out_TN, self.count(x_TK.shape[0])))
         return out_TN.view(*x.shape[:-1], weight.shape[0])
 
-    def quantized_embedding(self, ids_T: Tensor, table: QuantizedWeight, offset: int, dtype: torch.dtype) -> Tensor:
+    def quantized_embedding(
+        self, ids_T: Tensor, table: QuantizedWeight, offset: int, dtype: torch.dtype, add_TD: Tensor | None = None
+    ) -> Tensor:
         if table.bits != 8 or table.scale_NG.shape[1] != 1 or table.q.stride(1) != 1:
-            return references.quantized_embedding(ids_T, table, offset, dtype)
+            return references.quantized_embedding(ids_T, table, offset, dtype, add_TD)
+        add_TD = None if add_TD is None else _rows(add_TD)
         out_TD = self.empty((ids_T.shape[0], table.shape[1]), dtype)
-        self.pool.run(program.quantized_gather(ids_T, table, out_TD, self.count(ids_T.shape[0]), offset))
+        self.pool.run(program.quantized_gather(ids_T, table, out_TD, self.count(ids_T.shape[0]), offset, add_TD))
         return out_TD
+
+    def sample(
+        self,
+        logits_SV: Tensor,
+        temperature_S: Tensor,
+        log_min_p_S: Tensor,
+        top_k_S: Tensor,
+        top_p_S: Tensor,
+        greedy_S: Tensor,
+        noise: Noise,
+        max_k: int,
+        nucleus: bool,
+        static: bool = False,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows that the kernel leaves undecided (one in 50,000 of plain ones) go to the reference, scaled already."""
+        x_SV, rows = _rows(logits_SV), logits_SV.shape[0]
+        tokens_S = self.empty((rows,), torch.int64)
+        top_S, low_S = (self.empty((rows,), torch.float32) for _ in range(2))
+        each = [t.contiguous() for t in (temperature_S, log_min_p_S, top_k_S, top_p_S, greedy_S)]
+        of = Noise(*(t.contiguous() for t in noise))
+        self.pool.run(program.sample(x_SV, *each, of, tokens_S, top_S, low_S, self.count(rows)))
+        if x_SV is not logits_SV:
+            logits_SV.copy_(x_SV)
+        if int(tokens_S.amin()) < 0:
+            at = (tokens_S < 0).nonzero().squeeze(1)
+            _, *rest = (t[at] for t in each)
+            tokens_S[at], top_S[at], low_S[at] = sampling.sample(
+                x_SV[at], torch.ones(len(at)), *rest, of.take(at), max_k, nucleus, static
+            )
+        return tokens_S, top_S, low_S

@@ -20,7 +20,7 @@ from quire.ops.native.library import Dims, Operation, Pool
 if TYPE_CHECKING:
     from quire.ops.linear import QuantizedWeight
 
-NOP, LINEAR, RMS_NORM, LAYER_NORM, ACTIVATION, GATHER, ADD, HEADS, ATTENTION, ARGMAX, LINEAR_Q = range(11)
+NOP, LINEAR, RMS_NORM, LAYER_NORM, ACTIVATION, GATHER, ADD, HEADS, ATTENTION, ARGMAX, LINEAR_Q, SAMPLE = range(12)
 GATED, SOLO = 1 << 16, 1 << 17
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 INT8 = 3
@@ -60,6 +60,11 @@ def stride(x: Tensor | None) -> int:
 
 def _small(tokens: int, width: int) -> int:
     return SOLO if 0 <= tokens * width < SMALL else 0
+
+
+def _cache(kv: Tensor | None) -> int:
+    """B of the operations on a KV cache."""
+    return INT8 << 4 if kv is not None and kv.dtype == torch.int8 else 0
 
 
 def linear(
@@ -122,12 +127,14 @@ def gather(
     return make(GATHER, TYPES[table_VD.dtype] | _small(tokens, size), (ids_T, table_VD, out_TD, add_TD), ints)
 
 
-def quantized_gather(ids_T: Tensor, table: QuantizedWeight, out_TD: Tensor, tokens: int, offset: int = 0) -> Operation:
+def quantized_gather(
+    ids_T: Tensor, table: QuantizedWeight, out_TD: Tensor, tokens: int, offset: int = 0, add_TD: Tensor | None = None
+) -> Operation:
     """As `gather`, from a table in 8 bits with one scale for each row."""
     rows, size = table.shape
-    ints = (tokens, size, rows, stride(table.q), stride(out_TD), offset)
+    ints = (tokens, size, rows, stride(table.q), stride(out_TD), offset, stride(add_TD))
     flags = TYPES[out_TD.dtype] | INT8 << 4 | _small(tokens, size)
-    return make(GATHER, flags, (ids_T, table.q, out_TD, None, table.scale_NG), ints)
+    return make(GATHER, flags, (ids_T, table.q, out_TD, add_TD, table.scale_NG), ints)
 
 
 def add(a_TD: Tensor, b_TD: Tensor, out_TD: Tensor, tokens: int) -> Operation:
@@ -142,17 +149,18 @@ def heads(
     q_out_THE: Tensor | None = None, k_out_TKE: Tensor | None = None, q_norm_E: Tensor | None = None,
     k_norm_E: Tensor | None = None, eps: float = 0.0,
 ) -> Operation:  # fmt: skip
-    """Head norm, rotation and KV write (kv: (2, N, B, K, E)), each where its tensors are given."""
+    """Head norm, rotation and KV write (kv: (2, N, B, K, E), or in int8 as `ops.cache` says), each where its tensors are
+    given."""
     some = next(x for x in (q_THE, k_TKE, v_TKE) if x is not None)
     h_q = 0 if q_THE is None else q_THE.shape[1]
     h_kv = next((x.shape[1] for x in (k_TKE, v_TKE) if x is not None), 0)
     length, half = (0, 0) if table_2LF is None else table_2LF.shape[1:]
     ints = (tokens, h_q, h_kv, some.shape[2], half, length, stride(q_THE), stride(k_TKE), stride(v_TKE),
-            stride(q_out_THE), stride(k_out_TKE), 0 if kv is None else kv.stride(2))  # fmt: skip
+            stride(q_out_THE), stride(k_out_TKE), *((0, 0) if kv is None else kv.stride()[2:4]))  # fmt: skip
     keys, values = (None, None) if kv is None else (kv[0], kv[1])
     pointers = (q_THE, k_TKE, v_TKE, table_2LF, positions_T, slots_T, keys, values, q_out_THE, k_out_TKE, q_norm_E,
                 k_norm_E)  # fmt: skip
-    flags = TYPES[some.dtype] | _small(tokens, (h_q + 2 * h_kv) * some.shape[2])
+    flags = TYPES[some.dtype] | _cache(kv) | _small(tokens, (h_q + 2 * h_kv) * some.shape[2])
     return make(HEADS, flags, pointers, ints, (eps,))
 
 
@@ -160,18 +168,27 @@ def attention(
     q_THE: Tensor, kv: Tensor, block_tables_RP: Tensor, lengths_R: Tensor, cu_q: Tensor, out_THE: Tensor, rows: int,
     decodes: int, scale: float, window: int | None = None, softcap: float | None = None, slopes_H: Tensor | None = None,
 ) -> Operation:  # fmt: skip
-    """Attention of `rows` rows, the first `decodes` of one token each, over pages (2, N, B, K, E)."""
-    _, _, block, kv_heads, size = kv.shape
-    ints = (rows, decodes, q_THE.shape[1], kv_heads, size, block, stride(block_tables_RP), stride(q_THE),
-            stride(out_THE), kv.stride(2), window or 0)  # fmt: skip
+    """Attention of `rows` rows, the first `decodes` of one token each, over pages (2, N, B, K, E), or int8."""
+    block, kv_heads = kv.shape[2:4]
+    ints = (rows, decodes, q_THE.shape[1], kv_heads, q_THE.shape[2], block, stride(block_tables_RP), stride(q_THE),
+            stride(out_THE), kv.stride(2), window or 0, kv.stride(3))  # fmt: skip
     pointers = (q_THE, kv[0], kv[1], block_tables_RP, lengths_R, cu_q, out_THE, slopes_H)
-    return make(ATTENTION, TYPES[q_THE.dtype], pointers, ints, (scale, softcap or 0.0))
+    return make(ATTENTION, TYPES[q_THE.dtype] | _cache(kv), pointers, ints, (scale, softcap or 0.0))
 
 
 def argmax(x_SV: Tensor, index_S: Tensor, value_S: Tensor | None, rows: int) -> Operation:
     """Index (int64) and value (float32) of the largest number of each row, as `ops.sampling.draw_greedy`."""
     flags = TYPES[x_SV.dtype] | _small(rows, x_SV.shape[1])
     return make(ARGMAX, flags, (x_SV, index_S, value_S), (rows, x_SV.shape[1], stride(x_SV)))
+
+
+def sample(
+    x_SV: Tensor, temperature_S: Tensor, log_min_p_S: Tensor, top_k_S: Tensor, top_p_S: Tensor, greedy_S: Tensor,
+    noise: Sequence[Tensor], tokens_S: Tensor, top_S: Tensor, low_S: Tensor, rows: int,
+) -> Operation:  # fmt: skip
+    """A token of each row as `ops.sampling.sample` (whose arguments these are), -1 where this cannot tell."""
+    pointers = (x_SV, temperature_S, log_min_p_S, top_k_S, top_p_S, greedy_S, *noise, tokens_S, top_S, low_S)
+    return make(SAMPLE, _small(rows, x_SV.shape[1]), pointers, (rows, x_SV.shape[1], stride(x_SV)))
 
 
 class Program:

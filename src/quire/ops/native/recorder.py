@@ -25,8 +25,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from quire.ops.native.kernels import Kernels
 from quire.ops.native.library import Operation, Pool
 from quire.ops.native.program import Program, dim
+from quire.utils.pages import untouched
 
-ALIGN = 64
 Bytes = NDArray[np.uint8]
 
 
@@ -56,10 +56,8 @@ class Buffers:
         self._free.append(slot)
 
     def _new(self, size: int) -> Bytes:
-        whole = np.empty(size + ALIGN, np.uint8)
-        start = -whole.ctypes.data % ALIGN
-        self.all.append(whole)
-        return whole[start : start + size]
+        self.all.append(untouched(size))
+        return self.all[-1]
 
 
 class _Tape:
