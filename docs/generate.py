@@ -14,7 +14,7 @@ import click
 
 from quire.cli.flags import CONTEXT
 from quire.cli.main import cli
-from quire.config.args import GROUPS, EngineArgs, Spec, specs
+from quire.config.args import GROUPS, EngineArgs, ServerArgs, Spec, specs
 from quire.config.foreign import FOREIGN
 from quire.utils.environment import ENVIRONMENT
 
@@ -36,7 +36,7 @@ def configuration() -> str:
         "",
     ]
     by_group: dict[str, list[str]] = {group: [] for group in GROUPS}
-    for name, (hint, spec, default) in specs(EngineArgs).items():
+    for name, (hint, spec, default) in [*specs(EngineArgs).items(), *specs(ServerArgs).items()]:
         by_group[spec.group].append(f"| `{name}` | {kind(hint, spec)} | {shown(default)} | {described(spec)} |")
     for group, rows in by_group.items():
         lines += [f"## {group}", "", "| argument | type | default | |", "|---|---|---|---|", *rows, ""]

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from quire.models.registry import ModelRegistry
     from quire.types.errors import ClientError, EngineError
     from quire.types.outputs import CompletionOutput, RequestOutput
-    from quire.types.params import BeamSearchParams, SamplingParams
+    from quire.types.params import BeamSearchParams, SamplingParams, StructuredOutputsParams
     from quire.types.prompts import PromptType, TextPrompt, TokensPrompt
 
     AsyncEngineArgs = EngineArgs
@@ -37,6 +37,7 @@ _HOMES = {
     "PromptType": "quire.types.prompts",
     "RequestOutput": "quire.types.outputs",
     "SamplingParams": "quire.types.params",
+    "StructuredOutputsParams": "quire.types.params",
     "TextPrompt": "quire.types.prompts",
     "TokensPrompt": "quire.types.prompts",
 }
@@ -55,6 +56,7 @@ __all__ = [
     "PromptType",
     "RequestOutput",
     "SamplingParams",
+    "StructuredOutputsParams",
     "TextPrompt",
     "TokensPrompt",
     "__version__",

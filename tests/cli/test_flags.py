@@ -75,7 +75,7 @@ def test_flags_of_the_guide() -> None:
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        (["--max_num_seq", "3"], "Did you mean '--max-num-seqs'"),
+        (["--max_num_seq", "3"], "'--max-num-seqs'"),
         (["--max-num-seqs", "many"], "not a valid integer"),
         (["--max-num-seqs", "0"], "max_num_seqs=0 must be at least 1"),
         (["--dtype", "float61"], "float16"),

@@ -53,11 +53,11 @@ def test_those_that_left_are_skipped_and_not_counted() -> None:
         queue.push(seq)
     for i in (0, 3, 4):
         sequences[i].status = Status.FINISHED
-        queue.forget()
+        queue.forget(sequences[i])
     assert len(queue) == 2
     assert queue.peek() is sequences[1] and len(queue) == 2
     assert [queue.pop(), queue.pop()] == [sequences[1], sequences[2]]
-    assert queue.peek() is None and len(queue) == 0
+    assert queue.peek() is None and len(queue) == 0 and queue.tokens == 0
 
 
 def test_a_sequence_that_is_pushed_twice_with_one_key_is_no_error() -> None:

@@ -56,6 +56,7 @@ class FakeClient:
         self.ended: list[tuple[str, int, int]] = []
         self.aborted: list[str] = []
         self.closed = False
+        self.progress = 0.0
         self.on_step: Callable[[int], None] = lambda n: None
         self.steps = 0
         self.generated = 0
@@ -129,6 +130,9 @@ class FakeClient:
             tokens = [*s.tokens[i : i + params.max_tokens - len(tail)], *tail]
             out.append(Delta(s.request.id, i, tokens, finish=finish, cumulative_logprob=-1.0 - i))
         return out
+
+    def wake(self) -> None:
+        pass
 
     @property
     def has_work(self) -> bool:

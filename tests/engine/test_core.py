@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 
 from quire import LLM, SamplingParams
+from quire.types.errors import EngineError
 from quire.types.plan import Plan
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
-PROMPTS = ["The capital of France is", "Count from 3 to 9:", "The opposite of hot is"]
+PROMPTS = ["The capital of France is", "Count from 3 to 9:", "The opposite of hot and cold and wet is"]
 
 
 @pytest.fixture(params=[(1, 0), (2, 1)], ids=["depth1", "depth2"])
@@ -19,6 +20,21 @@ def llm(request: pytest.FixtureRequest) -> Iterator[LLM]:
     depth, lead = request.param
     with LLM("demo", max_model_len=128, max_num_seqs=4, depth=depth, lead=lead, log_level="critical") as llm:
         yield llm
+
+
+def break_steps(llm: LLM, guilty: Callable[[Plan], bool], error: Exception) -> list[Plan]:
+    """Steps with `guilty` plans raise; answers those plans, as they come."""
+    executor: Any = llm.llm_engine.client._executor  # type: ignore[attr-defined]
+    worker, plain, failed = executor.worker, executor.worker.submit, []
+
+    def submit(plan: Plan) -> Any:
+        if guilty(plan):
+            failed.append(plan)
+            raise error
+        return plain(plan)
+
+    worker.submit = submit
+    return failed
 
 
 def break_step(llm: LLM, number: int, error: BaseException) -> None:
@@ -40,22 +56,51 @@ def texts(llm: LLM) -> list[tuple[str, str | None]]:
     return [(output.outputs[0].text, output.outputs[0].finish_reason) for output in outputs]
 
 
-def test_a_failed_step_ends_its_requests_and_nothing_else(llm: LLM) -> None:
+def test_a_failure_that_does_not_come_back_harms_nobody(llm: LLM) -> None:
     expected = texts(llm)
-    break_step(llm, 4, RuntimeError("the device burns"))
-    assert [reason for _, reason in texts(llm)] == ["error"] * 3
+    for number in (1, 4, 9):
+        break_step(llm, number, RuntimeError("a cosmic ray"))
+        assert texts(llm) == expected
+        llm.llm_engine.client.check()  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("culprit", [0, 1, 2])
+@pytest.mark.parametrize("at", [0, 12])
+def test_the_request_that_breaks_steps_is_found(llm: LLM, culprit: int, at: int) -> None:
+    """Whatever step the culprit takes part in from token `at` of it on fails."""
+    expected = texts(llm)
+    rows: dict[int, int] = {}
+
+    def guilty(plan: Plan) -> bool:
+        for row in plan.retired.tolist():
+            rows.pop(row, None)
+        rows.update({new.row: new.prompt_length for new in plan.new_rows})
+        ends = zip(plan.rows.tolist(), (plan.starts + plan.counts).tolist(), strict=True)
+        return any(rows[row] == lengths[culprit] and end > at for row, end in ends)
+
+    tokenizer = llm.llm_engine.tokenizer
+    assert tokenizer is not None
+    lengths = [len(tokenizer.encode(prompt)) for prompt in PROMPTS]
+    assert len(set(lengths)) == 3 and max(lengths) < 20
+    failed = break_steps(llm, guilty, RuntimeError("the device burns"))
+    got = texts(llm)
+    assert [reason for _, reason in got] == ["error" if i == culprit else "length" for i in range(3)]
+    assert [got[i] for i in range(3) if i != culprit] == [expected[i] for i in range(3) if i != culprit]
+    assert 2 <= len(failed) <= 5
     llm.llm_engine.client.check()  # type: ignore[attr-defined]
-    assert texts(llm) == expected
+    assert llm.llm_engine.client.stats().blocks_used == 0
 
 
-def test_requests_outside_the_failed_step_never_see_it() -> None:
-    """One row: the others wait while the first one's step fails."""
-    with LLM("demo", max_model_len=128, max_num_seqs=1, log_level="critical") as llm:
-        expected = texts(llm)
-        break_step(llm, 3, RuntimeError("the device burns"))
-        outputs = llm.generate(PROMPTS, GREEDY, use_tqdm=False)
-        assert [output.outputs[0].finish_reason for output in outputs] == ["error", "length", "length"]
-        assert [(output.outputs[0].text, "length") for output in outputs[1:]] == expected[1:]
+def test_too_little_memory_is_answered_with_smaller_steps(llm: LLM) -> None:
+    expected = texts(llm)
+    failed = break_steps(llm, lambda plan: len(plan.rows) > 1, MemoryError())
+    assert texts(llm) == expected and len(failed) <= 3
+
+
+def test_a_device_that_fails_everybody_ends_the_engine(llm: LLM) -> None:
+    break_steps(llm, lambda plan: True, RuntimeError("the device burns"))
+    with pytest.raises(EngineError, match="the device burns"):
+        texts(llm)
 
 
 @pytest.mark.parametrize("number", [1, 2, 5])

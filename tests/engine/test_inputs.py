@@ -85,7 +85,7 @@ def test_bad_prompts(tmp_path: Path, prompt: Any, words: str) -> None:
         ({"allowed_token_ids": [VOCAB]}, "allowed_token_ids"),
         ({"logit_bias": {VOCAB: 1.0}}, "logit_bias"),
         ({"truncate_prompt_tokens": 257}, "truncate_prompt_tokens"),
-        ({"structured_outputs": StructuredOutputsParams(regex="a")}, "structured_outputs"),
+        ({"structured_outputs": StructuredOutputsParams(structural_tag="a")}, "structured_outputs"),
         ({"thinking_token_budget": 3}, "thinking_token_budget"),
         ({"repetition_detection": RepetitionDetectionParams(1, 1, 2)}, "repetition_detection"),
         ({"logprob_token_ids": [VOCAB]}, "logprob_token_ids"),

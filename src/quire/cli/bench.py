@@ -1,4 +1,4 @@
-"""`quire bench`: throughput, latency and start-up, as JSON.
+"""`quire bench`: throughput, latency and start-up, as JSON (`bench_serve` adds servers).
 
 Owns: the workloads (random token ids, so that no tokenizer matters) and what is reported of them. A model folder will
 do, or a config.json with `--load-format dummy`. Every result carries what it was measured with.
@@ -20,13 +20,17 @@ import click
 
 from quire import __version__
 from quire.cli import flags
+from quire.cli.bench_serve import command as serve
 from quire.config.args import EngineArgs
 from quire.utils.logging import setup_logging
 
 
 @click.group(context_settings=flags.CONTEXT)
 def command() -> None:
-    """Measure throughput, latency or start-up; results as JSON."""
+    """Measure throughput, latency, start-up or a server; results as JSON."""
+
+
+command.add_command(serve)
 
 
 def shared(function: Callable[..., Any]) -> Callable[..., Any]:

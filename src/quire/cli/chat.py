@@ -1,4 +1,4 @@
-"""`quire chat`: a conversation in the terminal, answers streaming, the engine in this process.
+"""`quire chat`: a conversation in the terminal, answers streaming, the engine in this process or (`--url`) a server.
 
 Owns: the conversation and the terminal. The engine is driven a step at a time, so Ctrl-C ends an answer, not the
 program.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from quire.cli import flags
+from quire.cli.complete import RemoteConversation, fields
+from quire.cli.remote import Remote
 from quire.config.args import EngineArgs
 from quire.types.errors import ClientError
 from quire.utils.logging import setup_logging
@@ -29,11 +31,19 @@ HELP = "/clear forgets the conversation, /exit (or Ctrl-D) leaves, Ctrl-C ends a
 
 @click.command(cls=flags.Command, context_settings=flags.CONTEXT)
 @click.option("--system", help="System message that opens the conversation.")
+@click.option("--url", help="Talk with the model of a server at this address, instead of one in this process.")
+@click.option("--api-key", help="Key to present to the server.")
 @click.option("--message", "messages", multiple=True, help="Say this and leave after the answer; may be repeated.")
 @flags.sampling_options
 @flags.options_of(EngineArgs)
-def command(system: str | None, messages: tuple[str, ...], **values: Any) -> None:
+def command(system: str | None, url: str | None, api_key: str | None, messages: tuple[str, ...], **values: Any) -> None:
     """Talk with a model. Answers stream as they are made."""
+    if url is not None:
+        with flags.user_errors():
+            remote = Remote(url, api_key)
+            model = values.get("model") or remote.model()
+            converse(RemoteConversation(remote, model, {"max_tokens": 512} | fields(values), system), model, messages)
+        return
     kwargs = flags.engine_kwargs(values, **flags.quiet())
     setup_logging(kwargs.get("log_level"))
     with flags.user_errors():
@@ -51,15 +61,18 @@ def command(system: str | None, messages: tuple[str, ...], **values: Any) -> Non
         if engine.tokenizer is None:
             raise click.UsageError("a conversation needs a tokenizer: leave out --skip-tokenizer-init")
         try:
-            chat = Conversation(engine, params, system)
-            if messages:
-                for text in messages:
-                    click.echo(f"> {text}")
-                    answer(chat, text)
-            else:
-                loop(chat, config.model.model)
+            converse(Conversation(engine, params, system), config.model.model, messages)
         finally:
             engine.shutdown()
+
+
+def converse(chat: Conversation | RemoteConversation, model: str, messages: Sequence[str]) -> None:
+    """Say `messages`, or what a person types."""
+    for text in messages:
+        click.echo(f"> {text}")
+        answer(chat, text)
+    if not messages:
+        loop(chat, model)
 
 
 class Conversation:
@@ -106,7 +119,7 @@ class Conversation:
             self.messages.append({"role": "assistant", "content": said})
 
 
-def answer(chat: Conversation, text: str) -> None:
+def answer(chat: Conversation | RemoteConversation, text: str) -> None:
     """Print the answer as it comes; Ctrl-C ends it."""
     stream = chat.say(text)
     with interrupts() as ended:
@@ -138,7 +151,7 @@ def interrupts() -> Iterator[list[int]]:
         signal.signal(signal.SIGINT, before)
 
 
-def loop(chat: Conversation, model: str) -> None:
+def loop(chat: Conversation | RemoteConversation, model: str) -> None:
     """Read, answer, until the input ends."""
     terminal = sys.stdin.isatty()
     if terminal:

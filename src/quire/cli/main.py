@@ -12,7 +12,9 @@ from quire.cli.flags import CONTEXT
 COMMANDS = {
     "generate": ("quire.cli.generate", "Complete prompts from the command line, a file or standard input."),
     "chat": ("quire.cli.chat", "Talk with a model, answers streaming."),
-    "bench": ("quire.cli.bench", "Measure throughput, latency or start-up; results as JSON."),
+    "serve": ("quire.cli.serve", "Serve a model over HTTP, with OpenAI's interface."),
+    "complete": ("quire.cli.complete", "Have a server continue a prompt."),
+    "bench": ("quire.cli.bench", "Measure throughput, latency, start-up or a server; results as JSON."),
     "env": ("quire.cli.env", "Report the machine, the libraries and the operations that would be chosen."),
 }
 

@@ -22,7 +22,18 @@ import msgspec
 from quire.config.foreign import FOREIGN
 from quire.types.errors import ClientError
 
-GROUPS = ("Model", "Loading", "KV cache", "Scheduler", "Parallel", "Device", "Observability", "Not yet in quire")
+GROUPS = (
+    "Model",
+    "Loading",
+    "KV cache",
+    "Scheduler",
+    "Parallel",
+    "Device",
+    "Structured output",
+    "Observability",
+    "Server",
+    "Not yet in quire",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +151,10 @@ class EngineArgs(_Checked):
 
     ops: dict[str, Any] = arg({}, "Implementations that must be used, by operation (`*`: all others), as `quire env` lists them; say {\"*\": \"reference\"} for plain PyTorch.", "Device")
 
+    reasoning_parser: str = arg("", "How the reasoning of a model's answers is told from their content: deepseek_r1, qwen3, `tags:<start>,<end>`, or the name of a plugin. Structured outputs then begin when the reasoning has ended.", "Structured output")
+    structured_outputs_config: dict[str, Any] | None = arg(None, "Of vLLM's keys: `disable_any_whitespace`, `disable_additional_properties`, `reasoning_parser`, `enable_in_reasoning` (constraints hold from the first token), `backend` (`auto` or `guidance`).", "Structured output")
+    grammar_timeout: float = arg(1.0, "Seconds of CPU time that compiling the grammar of a request may take; it is refused beyond.", "Structured output", low=0.01)
+
     disable_log_stats: bool = arg(False, "No periodic line of statistics.", "Observability")
     log_level: str | None = arg(None, "Level of the log; QUIRE_LOG_LEVEL, else `info`, by default.", "Observability", choices=("debug", "info", "warning", "error", "critical"))
     log_interval: float = arg(10.0, "Seconds between two lines of statistics.", "Observability", low=0.0)
@@ -158,7 +173,6 @@ class EngineArgs(_Checked):
     spec_method: str | None = later(None, "speculative decoding is not yet in quire")
     spec_model: str | None = later(None, "speculative decoding is not yet in quire")
     spec_tokens: int | None = later(None, "speculative decoding is not yet in quire")
-    structured_outputs_config: dict[str, Any] | None = later(None, "structured outputs are not yet in quire")
     enable_prompt_embeds: bool = later(False, "prompt embeddings are not yet in quire: pass text or token ids")
     enable_sleep_mode: bool = later(False, "sleep mode is not yet in quire")
     profiler_config: dict[str, Any] | None = later(None, "the built-in profiler is not yet in quire: run under an external one")
@@ -173,9 +187,39 @@ AsyncEngineArgs = EngineArgs  # vLLM's name for those of AsyncLLM
 class ServerArgs(_Checked):
     """The arguments of the HTTP front beside the engine's: parsed by the same machinery, read by the server."""
 
-    host: str | None = arg(None, "Address to listen on.", "Server")
-    port: int = arg(8000, "Port to listen on.", "Server", low=0, high=65535)
-    api_key: list[str] | None = arg(None, "Keys of which a client must present one.", "Server")
+    # fmt: off
+    host: str | None = arg(None, "Address to listen on; by default all.", "Server")
+    port: int = arg(8000, "Port to listen on; 0 takes a free one.", "Server", low=0, high=65535)
+    uds: str | None = arg(None, "Unix socket to listen on, instead of host and port.", "Server")
+    api_key: list[str] | None = arg(None, "Keys of which a client must present one, as `Authorization: Bearer KEY`; /health, /ready and /ping need none.", "Server")
+    ssl_keyfile: str | None = arg(None, "Private key for HTTPS.", "Server")
+    ssl_certfile: str | None = arg(None, "Certificate for HTTPS.", "Server")
+    root_path: str = arg("", "Path under which a proxy serves this server.", "Server")
+    allowed_origins: list[str] | None = arg(None, "Web origins that browsers may send requests from; none by default.", "Server")
+    allowed_methods: list[str] | None = arg(None, "Methods that those origins may use; all by default.", "Server")
+    allowed_headers: list[str] | None = arg(None, "Headers that those origins may use; all by default.", "Server")
+    allow_credentials: bool = arg(False, "Let those origins send cookies.", "Server")
+    max_request_bytes: int | str = arg(32 << 20, "Longest request body; a longer one is answered with 413. May be written 32M.", "Server", human=True, low=1)
+    request_timeout: float = arg(60.0, "Seconds within which a request's body must arrive.", "Server", low=0.1)
+    max_prompt_tokens: int | None = arg(None, "Longest prompt in tokens, if shorter than the model allows.", "Server", low=1)
+    max_num_queued_reqs: int | None = arg(None, "Most sequences that may wait; then requests are answered with 429.", "Server", low=0)
+    max_num_queued_tokens: int | None = arg(None, "Most prompt tokens that may wait; then requests are answered with 429.", "Server", low=0)
+    shutdown_timeout: float = arg(30.0, "Seconds for running requests to end after SIGTERM, before they are ended.", "Server", low=0.0)
+    health_stall_timeout: float = arg(60.0, "Seconds without progress on waiting work after which /health is 503.", "Server", low=0.1)
+    chat_template_content_format: str = arg("auto", "Whether templates get a message's content as text or as a list of parts.", "Server", choices=("auto", "string", "openai"))
+    trust_request_chat_template: bool = arg(False, "Let requests bring a chat template of their own.", "Server")
+    default_chat_template_kwargs: dict[str, Any] = arg({}, "Arguments of the chat template, under those of each request.", "Server")
+    response_role: str = arg("assistant", "Role of the messages that the model writes.", "Server")
+    tool_call_parser: str | None = arg(None, "Format of the model's tool calls: hermes, llama3_json, mistral, pythonic, qwen3, qwen3_coder, checkpoint (what the checkpoint declares), or the name of a plugin. By default what the chat template gives away.", "Server")
+    enable_auto_tool_choice: bool = arg(False, "Accepted.", "Server", harmless="requests with tools may always leave the choice to the model")
+    exclude_tools_when_tool_choice_none: bool = arg(False, "Do not show tools to the template when tool_choice is none.", "Server")
+    enable_log_requests: bool = arg(False, "Log each request's id, size and parameters.", "Server")
+    disable_uvicorn_access_log: bool = arg(False, "No line in the log for each answer.", "Server")
+    disable_fastapi_docs: bool = arg(False, "Do not serve /openapi.json and /docs.", "Server")
+    enable_request_id_headers: bool = arg(False, "Accepted.", "Server", harmless="every answer has the header X-Request-Id")
+    enable_prompt_tokens_details: bool = arg(False, "Accepted.", "Server", harmless="usage always tells how many prompt tokens were cached")
+    profiler_dir: str | None = arg(None, "Folder for the traces of /start_profile and /stop_profile, which are refused without it.", "Server")
+    # fmt: on
 
 
 @cache

@@ -25,7 +25,7 @@ FOREIGN: Mapping[str, str] = {
     "num_lookahead_slots": "leave it out",
     "worker_use_ray": "use distributed_executor_backend",
     "engine_use_ray": "use distributed_executor_backend",
-    "guided_decoding_backend": "structured outputs are not yet in quire; leave it out",
+    "guided_decoding_backend": "there is one backend, llguidance; leave it out",
     "use_beam_search": "call LLM.beam_search",
     "disable_async_output_proc": "use async_scheduling=False",
     "preemption_mode": "swap_space above 0 swaps where host blocks are free, else preempted sequences are recomputed",

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
+from quire.config.schema import Config
 from quire.types.errors import ClientError
 
 DEMO = "demo"
@@ -51,6 +52,22 @@ def find_checkpoint(
     if not _HUB_ID.match(model):
         raise ClientError(f"model folder {model!r} does not exist", "model", model)
     return _fetch(model, revision, download_dir, token, weights)
+
+
+def tokenizer_folder(config: Config) -> Path:
+    """The folder of a configuration's tokenizer, fetched if need be. Errors: `ClientError`."""
+    model = config.model
+    folder = Path(model.tokenizer)
+    if folder.is_dir():
+        return folder
+    if model.tokenizer in (model.model, ""):
+        return model.path
+    try:
+        return find_checkpoint(
+            model.tokenizer, model.tokenizer_revision, config.load.download_dir, token=model.hf_token, weights=False
+        )
+    except ClientError as e:
+        raise ClientError(f"tokenizer={model.tokenizer!r}: {e}", "tokenizer", model.tokenizer) from e
 
 
 def _local_folder(path: Path, model: str) -> Path:

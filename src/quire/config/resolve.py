@@ -24,6 +24,7 @@ from quire.config.schema import (
     ObservabilityConfig,
     ParallelConfig,
     SchedulerConfig,
+    StructuredConfig,
 )
 from quire.types.errors import ClientError
 from quire.utils.devices import Machine, probe
@@ -84,7 +85,27 @@ def resolve(args: EngineArgs, *, machine: Machine | None = None, usage: str = "l
             log_level=level_name(args.log_level),
             log_interval=args.log_interval,
         ),
+        structured=_structured(args),
     )
+
+
+def _structured(args: EngineArgs) -> StructuredConfig:
+    given: dict[str, Any] = dict(args.structured_outputs_config or {})
+    backend = given.pop("backend", "auto")
+    if backend not in ("auto", "guidance"):
+        text = f"structured_outputs_config: the backend {backend!r} is not in quire; it has guidance: leave it out"
+        raise ClientError(text, "structured_outputs_config", backend)
+    given = {k: v for k, v in given.items() if v is not None}
+    own = given.pop("reasoning_parser", "") or args.reasoning_parser
+    if args.reasoning_parser not in ("", own):
+        text = f"reasoning_parser={args.reasoning_parser!r} contradicts structured_outputs_config's {own!r}"
+        raise ClientError(text, "reasoning_parser", args.reasoning_parser)
+    flags = ("enable_in_reasoning", "disable_any_whitespace", "disable_additional_properties")
+    for key, value in given.items():
+        if key not in flags or not isinstance(value, bool):
+            text = f"structured_outputs_config: {key}={value!r} is not known; flags are {', '.join(flags)}"
+            raise ClientError(text, "structured_outputs_config", value)
+    return StructuredConfig(reasoning_parser=own, grammar_timeout=args.grammar_timeout, **given)
 
 
 def _quantization(raw: Mapping[str, Any]) -> str:

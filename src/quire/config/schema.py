@@ -89,6 +89,18 @@ class ParallelConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class StructuredConfig:
+    """Structured outputs and the parsing of answers. `reasoning_parser`: a name of `quire.parsers.reasoning`, "" for
+    none. `enable_in_reasoning`: constraints hold from the first token. `grammar_timeout`: seconds."""
+
+    reasoning_parser: str = ""
+    enable_in_reasoning: bool = False
+    disable_any_whitespace: bool = False
+    disable_additional_properties: bool = False
+    grammar_timeout: float = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LoadConfig:
     """`load_format`: "auto" (safetensors, else .bin), "safetensors", "pt" or "dummy" (random weights)."""
 
@@ -126,3 +138,4 @@ class Config:
     load: LoadConfig
     device: DeviceConfig
     observability: ObservabilityConfig
+    structured: StructuredConfig = field(default_factory=StructuredConfig)

@@ -135,7 +135,7 @@ def _end_of(state: State, seq: Sequence) -> Delta | None:
     """The last delta of a sequence that its newest token or its length ends; None if it goes on."""
     job, token = seq.job, seq.tokens[-1]
     # before min_tokens the sampler draws none of these, unless nothing else may be drawn
-    if token in job.eos and seq.num_outputs >= job.decoding.row_params().min_tokens:
+    if token in job.eos and seq.num_outputs >= job.min_tokens:
         return state.delta(seq, FinishReason.STOP)
     if token in job.stops and seq.num_outputs >= job.decoding.row_params().min_tokens:
         return state.delta(seq, FinishReason.STOP, stop_token=token)

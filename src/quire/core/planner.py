@@ -175,6 +175,7 @@ class Planner:
         draft.new_rows.append(state.new_row(seq))
         if hit is not None and seq.job.cached_tokens is None:
             seq.job.cached_tokens = hit.tokens
+            state.entered.append(seq.job.request.id)
             if kv.prefix_caching and not seq.job.skip_cache:
                 state.counters.prefix_queries += len(seq.tokens)
                 state.counters.prefix_hits += hit.tokens
@@ -201,6 +202,7 @@ class Planner:
         draft.samples.append((index, row))
         if not seq.job.forked:
             seq.job.forked = True
+            state.sampled.append(seq.job.request.id)
             if seq.job.decoding.width > 1 and not seq.job.decoding.chooses:
                 draft.parents.append((seq, index))
 

@@ -7,6 +7,7 @@ Plans are made ahead: up to the engine's depth they may be in flight, and each s
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Collection
 
 from quire.core.commit import InFlight, commit
 from quire.core.decoding import decoding_of
@@ -87,10 +88,15 @@ class Scheduler:
         priority = request.priority if self._by_priority else 0
         job = Job(request, decoding_of(request, self._lead), self._arrivals, limit, priority)
         self._arrivals += 1
-        job.live[0] = seq = Sequence(job, 0, list(prompt), len(state.kv.groups))
+        job.forked = bool(request.resume)
+        for index, known in enumerate(request.resume or ([],)):
+            if known is not None:
+                job.live[index] = seq = Sequence(job, index, prompt + known, len(state.kv.groups))
+                state.waiting.push(seq)
         state.jobs[request.id] = job
-        state.waiting.push(seq)
-        state.counters.prompt_tokens += len(prompt)
+        state.counters.received += 1
+        if not request.resume:
+            state.counters.prompt_tokens += len(prompt)
 
     def abort(self, request_id: str) -> list[Delta]:
         """End a request at once; unknown ids (ended long ago) are ignored."""
@@ -122,6 +128,8 @@ class Scheduler:
         over = seq.num_outputs - at
         if over > 0:
             state.counters.generation_tokens -= over
+            if seq.status is Status.WAITING:
+                state.waiting.tokens -= over
             del seq.tokens[len(seq.tokens) - over :]
             state.kv.truncate(seq, len(seq.tokens))
         state.finish(seq)
@@ -145,21 +153,47 @@ class Scheduler:
         self._flights.popleft()  # only now: if this fails, `discard` must know whose work it was
         return deltas
 
-    def discard(self) -> list[str]:
+    def discard(self) -> dict[str, int]:
         """A step failed: drop all plans in flight and have every sequence start over from its known tokens; no block is
-        trusted any more. Returns the ids of the requests that the oldest plan ran."""
+        trusted any more. Returns the requests that the oldest plan ran, each with how far it was to come (in tokens).
+        """
         state = self._state
-        suspects: dict[str, None] = {}
-        for flight in list(self._flights)[:1]:
-            for row, epoch in zip(flight.plan.rows.tolist(), flight.row_epochs.tolist(), strict=True):
+        suspects: dict[str, int] = {}
+        for plan, epochs in [(flight.plan, flight.row_epochs) for flight in list(self._flights)[:1]]:
+            ends = (plan.starts + plan.counts).tolist()
+            for row, epoch, end in zip(plan.rows.tolist(), epochs.tolist(), ends, strict=True):
                 seq = state.rows.owner(row)
                 if seq is not None and state.rows.epoch[row] == epoch:
-                    suspects[seq.job.request.id] = None
+                    name = seq.job.request.id
+                    suspects[name] = max(end, suspects.get(name, 0))
         self._flights.clear()
         state.kv.clear()  # what the plans in flight were to write, copy or swap is not to be found, here or on the host
         for seq in [seq for job in state.jobs.values() for seq in job.live.values()]:
             state.restart(seq)
-        return list(suspects)
+        return suspects
+
+    def only(self, request_ids: Collection[str] | None) -> None:
+        """After `discard`, or when no plan is in flight: plan only these requests until told otherwise; None: all."""
+        state = self._state
+        for seq in [seq for job in state.jobs.values() for seq in job.live.values()]:
+            if request_ids is None or seq.job.request.id in request_ids:
+                state.release(seq)
+            else:
+                state.hold(seq)
+
+    def reached(self, request_id: str) -> int | None:
+        """How many tokens of a request have been planned; None if it has ended."""
+        job, rows = self._state.jobs.get(request_id), self._state.rows
+        if job is None:
+            return None
+        return max((int(rows.computed[seq.row]) for seq in job.live.values() if seq.row >= 0), default=0)
+
+    def firsts(self) -> tuple[list[str], list[str]]:
+        """Requests that were planned for the first time since the last call, and those whose first token was."""
+        state = self._state
+        entered, state.entered = state.entered, []
+        sampled, state.sampled = state.sampled, []
+        return entered, sampled
 
     @property
     def has_work(self) -> bool:
@@ -188,6 +222,8 @@ class Scheduler:
             prompt_tokens=count.prompt_tokens,
             generation_tokens=count.generation_tokens,
             block_size=kv.block_size,
+            waiting_tokens=state.waiting.tokens,
+            received=count.received,
         )
 
     def check(self) -> None:
@@ -208,3 +244,4 @@ class Scheduler:
                 assert rows.computed[row] <= rows.length[row] <= max(rows.limit[row], len(seq.tokens))
         waiting = sum(seq.status is Status.WAITING for seq in sequences)
         assert waiting == len(state.waiting), "the queue and the sequences disagree"
+        assert state.waiting.tokens == sum(len(seq.tokens) for seq in sequences if seq.status is Status.WAITING)

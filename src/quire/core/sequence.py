@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 class Status(enum.IntEnum):
     WAITING = 0  # in the queue; no row, no device blocks (perhaps host blocks)
     RUNNING = 1  # has a row
-    PARKED = 2  # a preempted beam whose candidates are in and whose siblings' are not
+    PARKED = 2  # held back, or a preempted beam whose candidates are in and whose siblings' are not
     FINISHED = 3
 
 
@@ -62,14 +62,14 @@ class Job:
     """The life of a request in the core: its sequences and how they fork and end.
 
     `limit`: tokens, prompt included, at which a sequence ends. `eos`, `stops`: the model's and the user's tokens that
-    end one. `cached_tokens`: how much of the prompt the prefix cache gave, None until the request has run.
-    `prompt_logprobs_end`: the first prompt token that still owes its logprobs. `skip_cache`: it must compute its whole
-    prompt, since it asks for prompt logprobs or not to be given cached ones.
+    end one, the model's not before `min_tokens`. `cached_tokens`: how much of the prompt the prefix cache gave, None
+    until the request has run. `prompt_logprobs_end`: the first prompt token that still owes its logprobs. `skip_cache`:
+    it must compute its whole prompt, since it asks for prompt logprobs or not to be given cached ones.
     """
 
     __slots__ = (
-        "arrival", "cached_tokens", "decoding", "eos", "forked", "limit", "live", "priority", "prompt_length",
-        "prompt_logprobs", "prompt_logprobs_end", "request", "root", "skip_cache", "stops",
+        "arrival", "cached_tokens", "decoding", "eos", "forked", "limit", "live", "min_tokens", "preemptions",
+        "priority", "prompt_length", "prompt_logprobs", "prompt_logprobs_end", "request", "root", "skip_cache", "stops",
     )  # fmt: skip
 
     def __init__(self, request: Request, decoding: Decoding, arrival: int, limit: int, priority: int) -> None:
@@ -83,9 +83,14 @@ class Job:
         self.live: dict[int, Sequence] = {}
         self.forked = False
         self.cached_tokens: int | None = None
+        self.preemptions = 0
         self.prompt_logprobs: list[PromptLogprobs] = []
         params = decoding.row_params()
         self.prompt_logprobs_end = self.prompt_length if params.prompt_logprobs is None else 1
-        self.eos = frozenset(() if params.ignore_eos else request.eos_token_ids)
+        # A complete text ends its sequence whatever `ignore_eos` and `min_tokens` say: then an end token is drawn, and
+        # only then.
+        constrained = params.structured_outputs is not None
+        self.eos = frozenset(() if params.ignore_eos and not constrained else request.eos_token_ids)
+        self.min_tokens = 0 if constrained else params.min_tokens
         self.stops = frozenset(params.stop_token_ids or ())
         self.skip_cache = bool(params.skip_reading_prefix_cache) or params.prompt_logprobs is not None

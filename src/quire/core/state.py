@@ -30,9 +30,11 @@ class Waiting:
         self._heap: list[tuple[tuple[int, int, int], int, Sequence]] = []
         self._pushed = 0
         self._gone = 0
+        self.tokens = 0  # known ones of all that wait
 
     def push(self, seq: Sequence) -> None:
         self._pushed += 1
+        self.tokens += len(seq.tokens)
         heapq.heappush(self._heap, (seq.key, self._pushed, seq))
 
     def peek(self) -> Sequence | None:
@@ -45,11 +47,13 @@ class Waiting:
         seq = self.peek()
         assert seq is not None
         heapq.heappop(self._heap)
+        self.tokens -= len(seq.tokens)
         return seq
 
-    def forget(self) -> None:
+    def forget(self, seq: Sequence) -> None:
         """One of the waiting sequences has changed its status."""
         self._gone += 1
+        self.tokens -= len(seq.tokens)
 
     def __len__(self) -> int:
         return len(self._heap) - self._gone
@@ -64,6 +68,7 @@ class Counters:
         self.prefix_hits = 0
         self.prompt_tokens = 0
         self.generation_tokens = 0
+        self.received = 0
 
 
 class Ended(NamedTuple):
@@ -89,6 +94,8 @@ class State:
         self.running: list[Sequence] = []
         self.counters = Counters()
         self.outbox: list[Delta] = []
+        self.entered: list[str] = []  # requests that were planned for the first time, till somebody asks
+        self.sampled: list[str] = []  # requests whose first token was
         self.retired: list[int] = []  # rows for the next plan to retire
         self.forks: list[tuple[int, int, int]] = []  # rows for the next plan to fork
         self.ended: OrderedDict[tuple[str, int], Ended] = OrderedDict()
@@ -162,6 +169,7 @@ class State:
         self.counters.preemptions += 1
         self.running.remove(seq)
         job = seq.job
+        job.preemptions += 1
         # Prompt logprobs still in flight are dropped with the epoch, so that part of the prompt must be computed again.
         owed = job.prompt_logprobs_end < min(computed + 1, job.prompt_length)
         if seq.candidates is not None or owed or not self.kv.swap_out(seq, keep, computed > keep, moves):
@@ -180,12 +188,26 @@ class State:
             if seq.status is Status.WAITING:
                 self.waiting.push(seq)
 
+    def hold(self, seq: Sequence) -> None:
+        """A sequence is not to be planned until it is released."""
+        if seq.status is Status.RUNNING:
+            self.restart(seq)
+        if seq.status is Status.WAITING:
+            seq.status = Status.PARKED
+            self.waiting.forget(seq)
+
+    def release(self, seq: Sequence) -> None:
+        """The opposite of `hold`."""
+        if seq.status is Status.PARKED and seq.candidates is None:
+            seq.status = Status.WAITING
+            self.waiting.push(seq)
+
     def finish(self, seq: Sequence) -> None:
         """The sequence is over, whatever it was doing."""
         if seq.status is Status.RUNNING:
             self.leave(seq)
         elif seq.status is Status.WAITING:
-            self.waiting.forget()
+            self.waiting.forget(seq)
         seq.status = Status.FINISHED
         job = seq.job
         if isinstance(job.request.params, SamplingParams) and job.request.params.stop:
@@ -219,6 +241,8 @@ class State:
         """What became known of the sequence since its last delta."""
         job = seq.job
         delta = Delta(job.request.id, seq.index, seq.tokens[seq.sent :], finish, stop_token, error=error)
+        if finish is not None:
+            delta.preemptions = job.preemptions
         if seq.logprobs is not None:
             delta.logprobs, seq.logprobs = seq.logprobs, []
         if seq.sent == job.prompt_length:

@@ -11,8 +11,11 @@ import asyncio
 import itertools
 import logging
 import threading
-from collections.abc import AsyncGenerator, Callable, Iterable
-from concurrent.futures import Future
+import time
+from collections import deque
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import Any, TypeVar
 
 from quire.config.args import EngineArgs
@@ -29,14 +32,59 @@ from quire.utils.logging import setup_logging
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
+INPUT_THREADS = 4
+INLINE_CHARACTERS = 2_000  # of text to tokenize: a fraction of a millisecond, less than handing it to a thread
 
-class _Stream:
-    """Where one request's outputs go. `id` is the core's; a name may be used again, an id never."""
 
-    def __init__(self, id: str, name: str) -> None:
-        self.id, self.name = id, name
+class Mailbox:
+    """Where the outputs of some requests arrive, by keys that the reader chose."""
+
+    def __init__(self) -> None:
         self.loop = asyncio.get_running_loop()
-        self.queue: asyncio.Queue[RequestOutput | Exception] = asyncio.Queue()
+        self._items: deque[tuple[int, RequestOutput | Exception]] = deque()
+        self._waiter: asyncio.Future[None] | None = None
+
+    async def get(self) -> list[tuple[int, RequestOutput | Exception]]:
+        """All that is there, at least one."""
+        while not self._items:
+            self._waiter = self.loop.create_future()
+            try:
+                await self._waiter
+            finally:
+                self._waiter = None
+        found = list(self._items)
+        self._items.clear()
+        return found
+
+    def put(self, key: int, item: RequestOutput | Exception) -> None:
+        """In the event loop."""
+        self._items.append((key, item))
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+
+class Stream:
+    """The outputs of one request, on their way to `box`. `id` is the core's; a name may be used again, an id never.
+    `over`: the last output, or an error, is in the box."""
+
+    def __init__(self, id: str, name: str, box: Mailbox, key: int, abort: Callable[[Stream], None]) -> None:
+        self.id, self.name, self.box, self.key = id, name, box, key
+        self.over = False
+        self._abort = abort
+
+    def put(self, item: RequestOutput | Exception) -> None:
+        """In the event loop: one more output, or why there are no more."""
+        if not self.over:
+            self.over = isinstance(item, Exception) or item.finished
+            self.box.put(self.key, item)
+
+    def close(self, error: Exception | None = None) -> None:
+        """The request is aborted, unless it is over; who reads the box gets `error`."""
+        if not self.over:
+            if error is not None:
+                self.box.put(self.key, error)
+            self.over = True
+            self._abort(self)
 
 
 class AsyncLLM:
@@ -45,22 +93,35 @@ class AsyncLLM:
     Several event loops and many tasks may use it at once. It holds a thread and the model until `shutdown`.
     """
 
-    def __init__(self, engine_args: EngineArgs | None = None, *, engine: LLMEngine | None = None) -> None:
-        """`engine`: one that was made already, instead of arguments for making one; its steps are then taken here."""
-        if engine is None:
+    def __init__(
+        self,
+        engine_args: EngineArgs | None = None,
+        *,
+        engine: LLMEngine | None = None,
+        make: Callable[[], LLMEngine] | None = None,
+    ) -> None:
+        """`engine`: one that was made already, instead of arguments for making one; its steps are then taken here.
+        `make` makes one, in the thread that will take its steps."""
+        if engine is None and make is None:
             args = engine_args or EngineArgs()
             setup_logging(args.log_level)
-            engine = LLMEngine(resolve(args, usage="server"))
-        self._engine = engine
+            make = partial(LLMEngine, resolve(args, usage="server"))
         self._wake = threading.Condition()
         self._inbox: list[Callable[[], None]] = []
-        self._streams: dict[str, _Stream] = {}
+        self._streams: dict[str, Stream] = {}
         self._calls: set[Future[Any]] = set()
         self._stopping = False
         self._error: Exception | None = None
+        self._busy_since = 0.0
+        self._unadded = 0
         self._ids = itertools.count()
-        self._thread = threading.Thread(target=self._run, name="quire-engine", daemon=True)
+        self._pool = ThreadPoolExecutor(INPUT_THREADS, "quire-inputs")
+        made: Future[LLMEngine] = Future()
+        self._thread = threading.Thread(
+            target=self._run, args=(make or (lambda: engine), made), name="quire-engine", daemon=True
+        )
         self._thread.start()
+        self._engine: LLMEngine = made.result()
 
     @classmethod
     def from_engine_args(cls, engine_args: EngineArgs) -> AsyncLLM:
@@ -83,21 +144,71 @@ class AsyncLLM:
         """
         params = sampling_params if sampling_params is not None else self.get_default_sampling_params()
         priority = checked_priority(priority)
-        (draft,) = self._engine.inputs.drafts(
+        (draft,) = await self.prepare(
             [prompt], [params], lora_request=lora_request, add_special_tokens=add_special_tokens
         )
-        stream = self._submit(draft, request_id, priority)
-        over = False
+        box = Mailbox()
+        stream = self.submit(draft, request_id, priority, box)
         try:
-            while not over:
-                item = await stream.queue.get()
-                over = isinstance(item, Exception) or item.finished
-                if isinstance(item, Exception):
-                    raise item
-                yield item
+            last = False
+            while not last:
+                for _, item in await box.get():
+                    if isinstance(item, Exception):
+                        raise item
+                    last = item.finished
+                    yield item
         finally:
-            if not over:
-                self._post(lambda: self._abort(stream))
+            stream.close()
+
+    async def prepare(
+        self,
+        prompts: Sequence[PromptType],
+        params: Sequence[Params],
+        *,
+        lora_request: Any = None,
+        add_special_tokens: bool = True,
+    ) -> list[Draft]:
+        """Check and tokenize prompts, without holding up the event loop. Raises ClientError."""
+        size = sum(_length(prompt) for prompt in prompts)
+        if any(isinstance(p, SamplingParams) and (p.structured_outputs or p.bad_words) for p in params):
+            size = INLINE_CHARACTERS + 1  # a grammar to compile
+        drafts = partial(
+            self._engine.inputs.drafts,
+            prompts,
+            params,
+            lora_request=lora_request,
+            add_special_tokens=add_special_tokens,
+        )
+        return await self.call(drafts, size)
+
+    async def call(self, function: Callable[[], T], size: int) -> T:
+        """The result of work on `size` characters of text: done at once if that takes a moment, else in a thread."""
+        if size <= INLINE_CHARACTERS:
+            return function()
+        return await asyncio.get_running_loop().run_in_executor(self._pool, function)
+
+    def submit(
+        self, draft: Draft, request_id: str | None, priority: int = 0, box: Mailbox | None = None, key: int = 0
+    ) -> Stream:
+        """Start a prepared prompt; its outputs go to `box`, under `key`. Close the stream when nobody reads it any
+        more. Raises EngineError."""
+        return self._submit(draft, request_id, priority, box or Mailbox(), key)
+
+    async def post(self, function: Callable[[], T]) -> T:
+        """The result of `function`, called in the engine's thread between two steps. Raises what it raises."""
+        return await self._call(function)
+
+    @property
+    def unadded(self) -> int:
+        """Requests that were submitted and have not come to the engine yet."""
+        return self._unadded
+
+    def stalled(self) -> float:
+        """Seconds for which there has been work and nothing was computed."""
+        with self._wake:
+            if not self._streams:
+                return 0.0
+            return time.monotonic() - max(self._busy_since, self._engine.client.progress)
 
     async def abort(self, request_id: str | Iterable[str]) -> None:
         """End requests by name. Who waits for them gets a last output, with the finish reason "abort"."""
@@ -142,29 +253,40 @@ class AsyncLLM:
         with self._wake:
             self._stopping = True
             self._wake.notify()
+        self._engine.client.wake()
+        self._pool.shutdown(wait=False)
         if threading.current_thread() is not self._thread:
             self._thread.join(timeout)
 
-    def _submit(self, draft: Draft, name: str | None, priority: int) -> _Stream:
+    def _submit(self, draft: Draft, name: str | None, priority: int, box: Mailbox, key: int) -> Stream:
         number = next(self._ids)
         name = f"request-{number}" if name is None else name
-        stream = _Stream(f"{name}#{number}", name)
+        stream = Stream(f"{name}#{number}", name, box, key, self._left)
         with self._wake:
             if self._error is not None:
                 raise _copy(self._error)
             if name in self._streams:
                 raise ClientError(f"request id {name!r} is already in use", "request_id", name)
+            if not self._streams:
+                self._busy_since = time.monotonic()
             self._streams[name] = stream
+            self._unadded += 1
             self._inbox.append(lambda: self._add(stream, draft, priority))
             self._wake.notify()
+        self._engine.client.wake()
         return stream
+
+    def _left(self, stream: Stream) -> None:
+        self._post(lambda: self._abort(stream))
 
     def _post(self, work: Callable[[], None]) -> None:
         """Have `work` done in the engine's thread; dropped if that has ended."""
         with self._wake:
-            if self._error is None:
-                self._inbox.append(work)
-                self._wake.notify()
+            if self._error is not None:
+                return
+            self._inbox.append(work)
+            self._wake.notify()
+        self._engine.client.wake()
 
     async def _call(self, function: Callable[[], T]) -> T:
         """The result of `function`, called in the engine's thread."""
@@ -184,11 +306,18 @@ class AsyncLLM:
             self._calls.add(future)
             self._inbox.append(work)
             self._wake.notify()
+        self._engine.client.wake()
         return await asyncio.shield(asyncio.wrap_future(future))
 
     # From here on: in the engine's thread.
 
-    def _run(self) -> None:
+    def _run(self, make: Callable[[], LLMEngine], made: Future[LLMEngine]) -> None:
+        try:
+            self._engine = make()
+        except BaseException as e:
+            made.set_exception(e)
+            return
+        made.set_result(self._engine)
         error: Exception = EngineError("the engine was shut down")
         try:
             while self._work():
@@ -217,21 +346,23 @@ class AsyncLLM:
                 work()
         return not stopping
 
-    def _add(self, stream: _Stream, draft: Draft, priority: int) -> None:
+    def _add(self, stream: Stream, draft: Draft, priority: int) -> None:
+        with self._wake:
+            self._unadded -= 1
         try:
             self._engine.add(draft, stream.id, priority, stream.name)
         except QuireError as e:  # the core refused it: say, a pool too small for its prompt
             with self._wake:
                 self._streams.pop(stream.name, None)
-            self._hand_over(stream.loop, [(stream, e)])
+            self._hand_over(stream.box.loop, [(stream, e)])
 
-    def _abort(self, stream: _Stream) -> None:
+    def _abort(self, stream: Stream) -> None:
         if self._streams.get(stream.name) is stream:  # else it has ended meanwhile, and the name may be another's
             self._deliver(self._engine.abort_request(stream.id))
 
     def _deliver(self, outputs: list[RequestOutput]) -> None:
         """Hand outputs over: one call for each event loop, however many requests it waits for."""
-        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[_Stream, RequestOutput | Exception]]] = {}
+        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[Stream, RequestOutput | Exception]]] = {}
         for output in outputs:
             with self._wake:
                 stream = self._streams.pop(output.request_id) if output.finished else self._streams[output.request_id]
@@ -244,16 +375,16 @@ class AsyncLLM:
                         del self._streams[stream.name]
             else:
                 item = output
-            by_loop.setdefault(stream.loop, []).append((stream, item))
+            by_loop.setdefault(stream.box.loop, []).append((stream, item))
         for loop, items in by_loop.items():
             self._hand_over(loop, items)
 
     def _hand_over(
-        self, loop: asyncio.AbstractEventLoop, items: list[tuple[_Stream, RequestOutput | Exception]]
+        self, loop: asyncio.AbstractEventLoop, items: list[tuple[Stream, RequestOutput | Exception]]
     ) -> None:
         def put() -> None:
             for stream, item in items:
-                stream.queue.put_nowait(item)
+                stream.put(item)
 
         try:
             loop.call_soon_threadsafe(put)
@@ -276,9 +407,16 @@ class AsyncLLM:
                 future.set_exception(_copy(error))
         for stream in streams:
             try:
-                stream.loop.call_soon_threadsafe(stream.queue.put_nowait, _copy(error))
+                stream.box.loop.call_soon_threadsafe(stream.put, _copy(error))
             except RuntimeError:  # its event loop was closed
                 logger.debug("request %s had no event loop left", stream.name)
+
+
+def _length(prompt: Any) -> int:
+    """Characters of a prompt, or tokens."""
+    if isinstance(prompt, dict):
+        prompt = prompt.get("prompt", prompt.get("prompt_token_ids"))
+    return len(prompt) if isinstance(prompt, str | list) else 0
 
 
 def _copy(error: Exception) -> Exception:

@@ -1,16 +1,19 @@
 """The loop: schedule, submit, commit. Owns the plans in flight; the scheduler and the executor own the rest.
 
-A step that fails harms the requests that it ran, and no others: they end with its error, everything else starts over
-from its known tokens.
+A step that fails is taken again from the tokens that are known; if it keeps failing, the request whose work it is ends
+with the error, and no other (`engine/trial.py`). Where the device itself is broken, the engine is.
 """
 
 from __future__ import annotations
 
 import logging
+import time
 from collections import deque
+from dataclasses import dataclass
 
 from quire.config.schema import Config
 from quire.core.scheduler import Scheduler
+from quire.engine.trial import Trial
 from quire.executor.base import Executor, Result
 from quire.runner.logits import has_processors
 from quire.types.errors import EngineError
@@ -19,6 +22,16 @@ from quire.types.request import Delta, Request
 from quire.types.stats import EngineStats
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class Times:
+    """Of a request whose first delta is not out: when it was first planned, the plan that draws its first token, and
+    when that came; in seconds of the monotonic clock."""
+
+    planned: float
+    plan: int = -1
+    first: float | None = None
 
 
 class EngineCore:
@@ -51,21 +64,30 @@ class EngineCore:
         self._executor = executor
         self._depth = schedule.depth
         self._inflight: deque[tuple[Plan, Result]] = deque()
+        self._trial = Trial(self._scheduler.reached)
+        self._times: dict[str, Times] = {}
+        self.step_tokens = 0
+        self.progress = time.monotonic()  # when something was last computed
 
     def step(self) -> list[Delta]:
-        """Keep the device busy, then take in the oldest result. Raises `EngineError` if the workers are gone."""
+        """Keep the device busy, then take in the oldest result. Raises `EngineError` if the workers are gone.
+        `step_tokens` is then how many tokens that step computed."""
+        self.step_tokens = 0
         try:
-            while len(self._inflight) < self._depth and (plan := self._scheduler.schedule()) is not None:
+            depth = self._depth if self._trial.running is None else 1
+            while len(self._inflight) < depth and (plan := self._scheduler.schedule()) is not None:
+                self._stamp(plan)
                 self._inflight.append((plan, self._executor.submit(plan)))
             if not self._inflight:
-                if self._scheduler.has_work:
-                    raise EngineError(
-                        "nothing can be scheduled, though requests are waiting: this is a defect of quire"
-                    )
-                return []
+                return self._nothing_planned()
             plan, pending = self._inflight[0]
             deltas = self._scheduler.commit(plan, pending.result())
             self._inflight.popleft()
+            self.step_tokens = int(plan.counts.sum())
+            self.progress = time.monotonic()
+            if self._trial.passed():
+                self._scheduler.only(self._trial.running)
+            self._tell(deltas, plan.number)
             return deltas
         except EngineError:
             raise
@@ -75,16 +97,59 @@ class EngineCore:
             self._restart()
             raise
 
+    def _stamp(self, plan: Plan) -> None:
+        entered, sampled = self._scheduler.firsts()
+        if entered:
+            now = time.monotonic()
+            for name in entered:
+                self._times[name] = Times(now)
+        for name in sampled:
+            if (times := self._times.get(name)) is not None:
+                times.plan = plan.number
+
+    def _tell(self, deltas: list[Delta], number: int) -> None:
+        """The first delta of a request tells when it was planned and when its first token came."""
+        if not self._times:
+            return
+        now = time.monotonic()
+        for times in self._times.values():
+            if times.plan == number:
+                times.first = now
+        for delta in deltas:
+            if (times := self._times.get(delta.request_id)) is not None and times.first is not None:
+                delta.planned, delta.first = times.planned, times.first
+                del self._times[delta.request_id]
+
+    def _nothing_planned(self) -> list[Delta]:
+        if not self._scheduler.has_work:
+            return []
+        if self._trial.running is None:
+            raise EngineError("nothing can be scheduled, though requests are waiting: this is a defect of quire")
+        self._trial.passed()  # those on trial were aborted
+        self._scheduler.only(self._trial.running)
+        return []
+
     def _recover(self, error: Exception) -> list[Delta]:
-        log.error("a step failed; its requests end with an error, others start over", exc_info=error)
         message = f"{type(error).__name__}: {error}"
         suspects = self._restart()
         if not suspects:
             raise EngineError(f"a step without requests failed: {message}") from error
-        return [delta for name in suspects for delta in self._scheduler.fail(name, message)]
+        if type(error).__name__ == "AcceleratorError":  # the context of a GPU does not come back
+            raise EngineError(f"the device failed: {message}") from error
+        guilty = self._trial.failed(suspects, _is_memory(error))
+        if guilty is None:
+            log.warning("a step of %d requests failed and is taken again in halves: %s", len(suspects), message)
+        else:
+            log.error("request %s makes steps fail and is ended", guilty, exc_info=error)
+        if self._trial.broken:
+            raise EngineError(f"steps of different requests fail one after the other: {message}") from error
+        deltas = [] if guilty is None else self._scheduler.fail(guilty, message)
+        self._times.pop(guilty or "", None)
+        self._scheduler.only(self._trial.running)
+        return deltas
 
-    def _restart(self) -> list[str]:
-        """Forget the plans in flight; who was in the oldest one."""
+    def _restart(self) -> dict[str, int]:
+        """Forget the plans in flight; who was in the oldest one, and how far it was to come."""
         for _, pending in self._inflight:
             try:
                 pending.result()  # the device must not be at work any more on rows and blocks that are given away
@@ -96,15 +161,22 @@ class EngineCore:
     def add(self, request: Request) -> None:
         """Raises `ClientError` if the request can never run here."""
         self._scheduler.add(request)
+        if self._trial.running is not None:
+            self._scheduler.only(self._trial.running)
 
     def abort(self, request_ids: list[str]) -> None:
         """End requests at once; their blocks are free for the next plan. Unknown ids are ignored."""
         for name in request_ids:
+            self._times.pop(name, None)
             self._scheduler.abort(name)
 
     def end(self, request_id: str, index: int, at: int) -> None:
         """A sequence ended with its output token number `at` (a stop string): what came after never was."""
         self._scheduler.end(request_id, index, at)
+
+    def alive(self, request_id: str) -> bool:
+        """Whether a request has not ended."""
+        return self._scheduler.reached(request_id) is not None
 
     @property
     def has_work(self) -> bool:
@@ -116,6 +188,9 @@ class EngineCore:
     def reset_prefix_cache(self) -> bool:
         return self._scheduler.reset_prefix_cache()
 
+    def wake(self) -> None:
+        """Have `step` return soon; here it never waits for anything but the device."""
+
     def check(self) -> None:
         """Assert the core's invariants (tests and debugging)."""
         self._scheduler.check()
@@ -123,3 +198,7 @@ class EngineCore:
     def shutdown(self) -> None:
         self._inflight.clear()
         self._executor.shutdown()
+
+
+def _is_memory(error: Exception) -> bool:
+    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"

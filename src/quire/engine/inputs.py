@@ -10,10 +10,15 @@ import random
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import msgspec
+
+from quire.config.hub import tokenizer_folder
 from quire.config.schema import Config
 from quire.engine.tokenizer import Tokenizer
+from quire.parsers.reasoning import reasoning_parser
+from quire.structured.compiler import compiler
 from quire.types.errors import ClientError
-from quire.types.params import BeamSearchParams, SamplingParams
+from quire.types.params import BeamSearchParams, SamplingParams, StructuredOutputsParams
 from quire.types.prompts import PromptType
 from quire.types.request import Request
 
@@ -21,7 +26,6 @@ Params = SamplingParams | BeamSearchParams
 
 _SEED_MASK = 2**64 - 1
 _NOT_YET = {  # fields that are accepted and checked, but do nothing so far
-    "structured_outputs": None,
     "watermarking": None,
     "prompt_logprob_token_ids": None,
     "prompt_logprob_start": None,
@@ -48,7 +52,9 @@ class InputProcessor:
     from a generator of its own that starts from the configuration's seed."""
 
     def __init__(self, config: Config, tokenizer: Tokenizer | None) -> None:
-        self._tokenizer = tokenizer
+        self._config, self._tokenizer = config, tokenizer
+        name = config.structured.reasoning_parser
+        self._reasoning = reasoning_parser(name) if name else None
         self._max_len = config.model.max_model_len
         self._vocab = config.model.arch.vocab_size
         self._max_logprobs = config.model.max_logprobs
@@ -132,6 +138,8 @@ class InputProcessor:
             params.max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
             params.min_tokens = min(params.min_tokens, params.max_tokens)
             params.eos_token_ids = self._eos
+            if params.structured_outputs is not None:
+                self._constrain(params, params.structured_outputs, text, tokens)
             if params.bad_words:
                 params.bad_words_token_ids = self._bad_words(params.bad_words)
         return Draft(tokens, params, text, salt)
@@ -164,9 +172,11 @@ class InputProcessor:
             raise ClientError(text, name, bad)
 
     def _check_beam(self, params: BeamSearchParams) -> None:
-        for name in ("structured_outputs", "watermarking"):
-            if getattr(params, name) is not None:
-                raise ClientError(f"{name} is not supported yet; leave it out", name, getattr(params, name))
+        if params.structured_outputs is not None:
+            text = "beam search takes no structured_outputs: use sampling with n instead"
+            raise ClientError(text, "structured_outputs")
+        if params.watermarking is not None:
+            raise ClientError("watermarking is not supported yet; leave it out", "watermarking", params.watermarking)
         self._check_vocab("allowed_token_ids", params.allowed_token_ids or ())
 
     def _check_params(self, params: SamplingParams) -> None:
@@ -194,6 +204,29 @@ class InputProcessor:
         if params.stop and self._tokenizer is None:
             text = "stop strings need a tokenizer, and skip_tokenizer_init=True: use stop_token_ids"
             raise ClientError(text, "stop", params.stop)
+
+    def _constrain(
+        self, params: SamplingParams, given: StructuredOutputsParams, text: str | None, tokens: list[int]
+    ) -> None:
+        """Compile the constraint, so that a bad one is refused here; the workers are given its text."""
+        if self._tokenizer is None:
+            text = "structured_outputs need a tokenizer, and skip_tokenizer_init=True"
+            raise ClientError(text, "structured_outputs")
+        config = self._config.structured
+        if given.json is not None or given.json_object:
+            given = msgspec.structs.replace(
+                given,
+                disable_any_whitespace=given.disable_any_whitespace
+                or (config.disable_any_whitespace and given.whitespace_pattern is None),
+                disable_additional_properties=given.disable_additional_properties
+                or config.disable_additional_properties,
+            )
+        made = compiler(tokenizer_folder(self._config), self._vocab, self._eos, config.grammar_timeout)
+        made.compile(given)
+        params.structured_outputs = StructuredOutputsParams(grammar=made.source(given))
+        if self._reasoning is not None and not config.enable_in_reasoning:
+            shown = self._tokenizer.decode(tokens[-64:], skip_special_tokens=False) if text is None else text
+            params.structured_after = self._reasoning.end if self._reasoning.begins(shown) else ""
 
     def _bad_words(self, words: list[str]) -> list[list[int]]:
         """The token sequences of each word: at the beginning of a text, and after a space unless that only puts

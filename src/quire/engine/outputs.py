@@ -11,6 +11,7 @@ from __future__ import annotations
 import io
 import time
 from collections.abc import Callable, Iterable, Sequence
+from typing import Protocol
 
 import msgspec
 
@@ -30,6 +31,26 @@ class End(msgspec.Struct, frozen=True):
     at: int
 
 
+class Observer(Protocol):
+    """Told what the output side sees, for metrics."""
+
+    def between(self, seconds: float, tokens: int) -> None:
+        """`tokens` new tokens of a stream came `seconds` after the last ones."""
+
+    def ended(self, request: Request, metrics: RequestMetrics, reasons: list[str], cached: int | None) -> None:
+        """A request is over, for `reasons`: one for each of its sequences. `cached`: prompt tokens of the cache's."""
+
+
+class Unobserved:
+    """For those who want no metrics."""
+
+    def between(self, seconds: float, tokens: int) -> None:
+        pass
+
+    def ended(self, request: Request, metrics: RequestMetrics, reasons: list[str], cached: int | None) -> None:
+        pass
+
+
 class OutputProcessor:
     """The output side of an engine. `clock` gives seconds; `detokenizer` is None where there is no tokenizer."""
 
@@ -37,6 +58,7 @@ class OutputProcessor:
         self._detokenizer = detokenizer
         self._clock = clock
         self._requests: dict[str, _RequestState] = {}
+        self.observer: Observer = Unobserved()
 
     def add(self, request: Request, prompt: str | None = None, name: str | None = None) -> None:
         """Expect the deltas of `request`. `prompt` is its text if known; `name` is the id that its outputs carry, where
@@ -54,6 +76,7 @@ class OutputProcessor:
                 for sequence in state.sequences:
                     sequence.end("abort", None)
                 state.metrics.finished_time = self._clock()
+                self.observer.ended(state.request, state.metrics, state.reasons, state.cached_tokens)
                 if (last := state.output(finished=True)) is not None:
                     outputs.append(last)
         return outputs
@@ -67,7 +90,7 @@ class OutputProcessor:
             state = self._requests.get(delta.request_id)
             if state is None:
                 continue
-            at = state.take(delta, now)
+            at = state.take(delta, now, self.observer)
             if at is not None:
                 ends.append(End(delta.request_id, delta.index, at))
             touched[delta.request_id] = state
@@ -76,6 +99,7 @@ class OutputProcessor:
             if finished := state.finished:
                 state.metrics.finished_time = now
                 del self._requests[request_id]
+                self.observer.ended(state.request, state.metrics, state.reasons, state.cached_tokens)
             if (output := state.output(finished)) is not None:
                 outputs.append(output)
         return outputs, ends
@@ -106,7 +130,7 @@ class _RequestState:
             self.prompt_logprobs = [None for _ in request.prompt_token_ids]
         self.metrics = RequestMetrics(arrival_time=now)
 
-    def take(self, delta: Delta, now: float) -> int | None:
+    def take(self, delta: Delta, now: float, observer: Observer) -> int | None:
         """Add a delta; answers the number of tokens at which a stop string ended the sequence, if the core does not
         know that it ended."""
         if self.cached_tokens is None:
@@ -121,12 +145,23 @@ class _RequestState:
         before = len(sequence.tokens)
         at = sequence.take(delta, self._names)
         new = len(sequence.tokens) - before
+        metrics = self.metrics
+        if delta.planned is not None and metrics.scheduled_time is None:
+            metrics.scheduled_time = delta.planned
+        metrics.num_preemptions += delta.preemptions
         if new:
-            self.metrics.num_generation_tokens += new
-            self.metrics.last_token_time = now
-            if self.metrics.first_token_time is None and self.request.stream:
-                self.metrics.first_token_time = now
+            metrics.num_generation_tokens += new
+            if metrics.first_token_time is None:
+                metrics.first_token_time = now if delta.first is None else delta.first
+            elif self.request.stream and metrics.last_token_time is not None:
+                observer.between(now - metrics.last_token_time, new)
+            metrics.last_token_time = now
         return at
+
+    @property
+    def reasons(self) -> list[str]:
+        """Why each sequence ended."""
+        return [s.finish_reason for s in self.sequences if s.finish_reason is not None]
 
     @property
     def finished(self) -> bool:

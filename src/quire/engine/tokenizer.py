@@ -13,12 +13,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from quire.config.hub import find_checkpoint
+from quire.config.hub import tokenizer_folder
 from quire.config.schema import Config
 from quire.types.errors import ClientError
 
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _MODES = ("auto", "hf", "slow")
+_LONG = 2_000  # characters; a batch, even of one text, is tokenized without Python's lock, so that others go on
 _FILES = ("tokenizer*", "vocab.*", "*.model", "*.tiktoken", "tekken.json")
 
 
@@ -82,10 +83,18 @@ class FastTokenizer:
         self.backend.add_special_tokens([t for t in dict.fromkeys(texts) if t not in special])
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        if len(text) > _LONG:
+            return self.encode_batch([text], add_special_tokens)[0]
+        try:
+            return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        except TypeError as e:
+            raise _no_text(e) from e
 
     def encode_batch(self, texts: Sequence[str], add_special_tokens: bool = True) -> list[list[int]]:
-        return [e.ids for e in self.backend.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)]
+        try:
+            return [e.ids for e in self.backend.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)]
+        except TypeError as e:
+            raise _no_text(e) from e
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True, spaces_between: bool = True) -> str:
         return self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
@@ -136,21 +145,7 @@ def load_tokenizer(config: Config) -> Tokenizer | None:
     if model.tokenizer_mode not in _MODES:
         text = f"tokenizer_mode must be one of {', '.join(_MODES)}, got {model.tokenizer_mode!r}"
         raise ClientError(text, "tokenizer_mode", model.tokenizer_mode)
-    folder = Path(model.tokenizer)
-    if not folder.is_dir():
-        folder = model.path
-        if model.tokenizer not in (model.model, ""):
-            try:
-                folder = find_checkpoint(
-                    model.tokenizer,
-                    model.tokenizer_revision,
-                    config.load.download_dir,
-                    token=model.hf_token,
-                    weights=False,
-                )
-            except ClientError as e:
-                raise ClientError(f"tokenizer={model.tokenizer!r}: {e}", "tokenizer", model.tokenizer) from e
-    return load_folder(folder, model.tokenizer_mode, model.trust_remote_code)
+    return load_folder(tokenizer_folder(config), model.tokenizer_mode, model.trust_remote_code)
 
 
 def load_folder(folder: Path, mode: str = "auto", trust_remote_code: bool = False) -> Tokenizer:
@@ -219,6 +214,10 @@ def _templates(given: Any) -> dict[str, str]:
 
 def _text(token: Any) -> str | None:
     return token.get("content") if isinstance(token, dict) else token
+
+
+def _no_text(error: TypeError) -> ClientError:
+    return ClientError(f"a text is not valid Unicode: it holds half of a surrogate pair ({error})", "prompt")
 
 
 def _line(error: Exception) -> str:

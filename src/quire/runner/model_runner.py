@@ -90,6 +90,7 @@ class ModelRunner:
         length_S = batch.lengths_R[batch.sample_index_S]
         sampled = self._sampler(logits_SV, plan.sample_rows, length_S, table.sampling, rows_S)
         table.sampling.append(plan.sample_rows, sampled.tokens_S)
+        table.sampling.grammars.advance(plan.sample_rows, sampled.tokens)
         table.last_R[rows_S] = sampled.tokens_S
         table.length_R[rows_S] = length_S
         return sampled
@@ -104,6 +105,7 @@ class ModelRunner:
         else:
             sampled = self._sampler.greedy(done.tokens_S, done.top_S)
         table.sampling.append(rows, sampled.tokens_S)
+        table.sampling.grammars.advance(rows, sampled.tokens)
         table.last_R.numpy()[rows] = sampled.tokens_S.numpy()
         table.length_R.numpy()[rows] = done.lengths_S
         return sampled

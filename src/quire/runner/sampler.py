@@ -5,7 +5,7 @@ its way to the host. Knows nothing of plans, blocks or models. What a parameter 
 kept, in `sampling_state`.
 
 The order for a row: logprobs of the raw logits; allowed_token_ids, bad_words, min_tokens and logit_bias; custom
-processors; penalties; argmax if greedy, else temperature, min_p, top_k, top_p and the draw.
+processors; grammar; penalties; argmax if greedy, else temperature, min_p, top_k, top_p and the draw.
 
 Until `Sampled.finish` nothing waits for the device, except where a row has host-side processors. With static shapes,
 so that a graph can record them: `sample_greedy`, and `sample_general` for one (max_k, nucleus).
@@ -28,12 +28,14 @@ from quire.ops.sampling import (
     NEG_INF,
     Noise,
     add_edits,
+    allowed_bits,
     draw_greedy,
     forbid_words,
     penalise,
     sample,
     token_logprobs,
 )
+from quire.runner.grammars import Compilers
 from quire.runner.logits import LogitsProcessor, one_line
 from quire.runner.sampling_state import Needs, Real, SamplingState, Whole, to_device
 from quire.types.errors import ClientError
@@ -76,6 +78,12 @@ class Sampled:
     _lines: list[_Lines] = field(default_factory=list)
     _event: torch.cuda.Event | None = None
 
+    def tokens(self) -> Ints:
+        """(S,) the tokens on the host. Waits for the device; from any thread."""
+        if self._event is not None:
+            self._event.synchronize()
+        return ints(self._host[:, 0].numpy())
+
     def finish(self) -> Finished:
         if self._event is not None:
             self._event.synchronize()
@@ -117,6 +125,7 @@ class Sampler:
         engine_processors: engine-wide logits processors; the `SamplingState` must be made with the same.
         logprobs_mode: what logprobs are taken from, one of `LOGPROBS_MODES`. "raw": before any change to the logits;
             "processed": after temperature and truncation.
+        compilers: where the grammars of constrained rows come from.
         op: the implementation of the op `sample`.
     """
 
@@ -128,19 +137,21 @@ class Sampler:
         engine_processors: Sequence[LogitsProcessor] = (),
         logprobs_mode: str = "raw_logprobs",
         op: Callable[..., tuple[Tensor, Tensor, Tensor]] = sample,
+        compilers: Compilers | None = None,
     ) -> None:
         if logprobs_mode not in LOGPROBS_MODES:
             known = ", ".join(LOGPROBS_MODES)
             raise ClientError(f"logprobs_mode must be one of {known}; got {logprobs_mode!r}", "logprobs_mode")
         self.vocab_size, self.device, self.max_logprobs = vocab_size, torch.device(device), max_logprobs
         self.engine_processors = tuple(engine_processors)
+        self._compilers = compilers
         self._sample = op
         self._raw = logprobs_mode.startswith("raw")
         self._normalise = logprobs_mode.endswith("logprobs")
 
     def new_state(self, max_rows: int, max_len: int) -> SamplingState:
         """The state that goes with this sampler."""
-        return SamplingState(max_rows, self.vocab_size, max_len, self.device, self.engine_processors)
+        return SamplingState(max_rows, self.vocab_size, max_len, self.device, self.engine_processors, self._compilers)
 
     def __call__(
         self,
@@ -283,6 +294,8 @@ class _Changes:
                 self._on(need, step)
         if union & Needs.PROCESSORS:
             failed = self._processors()
+        if union & Needs.GRAMMAR:
+            failed += self._grammars()
         if union & Needs.PENALTIES:
             self._on(Needs.PENALTIES, self._penalties)
         return failed
@@ -318,6 +331,24 @@ class _Changes:
         reals = self.reals_SP[index_G].float()
         repetition, presence, frequency = (reals[:, c] for c in (Real.REPETITION, Real.PRESENCE, Real.FREQUENCY))
         penalise(logits_GV, self.state.counts.gather(rows), repetition, presence, frequency)
+
+    def _grammars(self) -> list[tuple[int, str]]:
+        """What is not allowed is masked; of a text that is complete the end token is all that is left, even where it
+        was forbidden before (min_tokens)."""
+        lines = np.flatnonzero(self.needs_S & Needs.GRAMMAR)
+        device, vocab = self.logits_SV.device, self.logits_SV.shape[1]
+        masks = self.state.grammars.masks(self.rows[lines].tolist())
+        allowed_GV = allowed_bits(to_device(masks.words_GW, device), vocab)
+        if lines.size == len(self.rows):
+            self.logits_SV.masked_fill_(~allowed_GV, NEG_INF)
+        else:
+            index_G = to_device(lines, device)
+            self.logits_SV[index_G] = self.logits_SV[index_G].masked_fill_(~allowed_GV, NEG_INF)
+        if masks.over:
+            over = to_device(np.array([(lines[g], token) for g, token in masks.over], np.int64).T.copy(), device)
+            self.logits_SV[over[0]] = NEG_INF
+            self.logits_SV[over[0], over[1]] = 0.0
+        return [(int(lines[g]), message) for g, message in masks.failed]
 
     def _processors(self) -> list[tuple[int, str]]:
         """Engine-wide processors, then those of the requests; the latter get a row of their own to work on."""

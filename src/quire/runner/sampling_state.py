@@ -13,6 +13,7 @@ Shape legend: R device rows, S sampled rows, G rows of a group, V vocabulary, L 
 from __future__ import annotations
 
 from enum import IntEnum, IntFlag, auto
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from quire.ops.sampling import IN_PROMPT, NEG_INF
+from quire.runner.grammars import Compilers, GrammarRows
 from quire.runner.logits import EngineProcessors, LogitsProcessor, RequestProcessors
 from quire.types.params import SamplingParams
 from quire.types.plan import Ints, NewRow
@@ -35,13 +37,14 @@ class Needs(IntFlag):
     WORDS = auto()  # bad words of several tokens
     PENALTIES = auto()
     PROCESSORS = auto()  # host-side code
+    GRAMMAR = auto()  # structured_outputs
     NOISE = auto()  # not greedy
     TOP_K = auto()
     TOP_P = auto()
     LOGPROBS = auto()
     HISTORY = auto()  # tokens are recorded as they are drawn
 
-    CHANGES = EDITS | ALLOWED | WORDS | PENALTIES | PROCESSORS
+    CHANGES = EDITS | ALLOWED | WORDS | PENALTIES | PROCESSORS | GRAMMAR
 
 
 class Real(IntEnum):
@@ -69,6 +72,10 @@ def to_device(values: NDArray[np.generic], device: torch.device) -> Tensor:
     """A tensor of `values` on `device`, without waiting for the device."""
     tensor = torch.from_numpy(values)
     return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
+
+
+def _no_grammars(eos: tuple[int, ...]) -> NoReturn:
+    raise RuntimeError("this worker was made without a compiler of grammars")
 
 
 class LineTable:
@@ -149,6 +156,7 @@ class SamplingState:
         max_len: longest sequence in tokens (bounds the histories).
         device: where the logits are.
         processors: engine-wide logits processors.
+        compilers: where grammars come from; None: no row may have one.
     """
 
     def __init__(
@@ -158,6 +166,7 @@ class SamplingState:
         max_len: int,
         device: torch.device | str,
         processors: tuple[LogitsProcessor, ...] = (),
+        compilers: Compilers | None = None,
     ) -> None:
         self.vocab_size, self.max_len = vocab_size, max_len
         self.device = device = torch.device(device)
@@ -165,6 +174,7 @@ class SamplingState:
         self.top_k: NDArray[np.int32] = np.zeros(max_rows, dtype=np.int32)
         self.params: list[SamplingParams | None] = [None] * max_rows
         self.engine_processors = EngineProcessors(processors)
+        self.grammars = GrammarRows(compilers or _no_grammars)
         self._request_processors: list[RequestProcessors | None] = [None] * max_rows
         self._host_reals = torch.zeros((max_rows, len(Real)), dtype=torch.float64)
         self._host_wholes = torch.zeros((max_rows, len(Whole)), dtype=torch.int64)
@@ -197,6 +207,9 @@ class SamplingState:
             needs |= Needs.PROCESSORS
         if self.engine_processors.processors and self.engine_processors.add(new_row):
             needs |= Needs.PROCESSORS
+        if params.structured_outputs is not None:
+            self.grammars.add(new_row)
+            needs |= Needs.GRAMMAR
         if params.num_logprobs is not None or params.logprob_token_ids:
             needs |= Needs.LOGPROBS
         assert len(new_row.tokens) or not params.needs_history, "a row that needs its history came without tokens"
@@ -226,6 +239,7 @@ class SamplingState:
         self._dirty = True
         for table in self._tables:
             table.copy(sources, destinations)
+        self.grammars.fork(sources, destinations)
         pair = to_device(np.ascontiguousarray(forks[:, :2].T.astype(np.int64)), self.device)
         self._lengths_R[pair[1]] = self._lengths_R[pair[0]]
         if self.engine_processors.processors:
@@ -289,6 +303,7 @@ class SamplingState:
         self.needs[row] = self.top_k[row] = 0
         for table in self._tables:
             table.drop(row)
+        self.grammars.drop(row)
         if self.engine_processors.processors:
             self.engine_processors.retire(row)
 

@@ -5,10 +5,12 @@ Knows nothing of scheduling or of other ranks' processes.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import cast
 
 import torch
 
+from quire.config.hub import tokenizer_folder
 from quire.config.schema import Config
 from quire.loading import load_model
 from quire.loading.passes import DTYPES
@@ -24,10 +26,10 @@ from quire.runner.model_runner import ModelRunner, Pending
 from quire.runner.replay import make_replay
 from quire.runner.sampler import Sampler
 from quire.runner.table import RequestTable
+from quire.structured.compiler import Compiler, compiler
 from quire.types.errors import ClientError
 from quire.types.kv import KVGroup
 from quire.types.plan import Plan, StepResult
-
 
 KV_DTYPES = DTYPES | {"int8": torch.int8}
 
@@ -57,6 +59,7 @@ class Worker:
             processors,
             config.model.logprobs_mode,
             self.ops.bind(SAMPLE),
+            compilers=partial(_compiler, config),
         )
         self.kv_groups: tuple[KVGroup, ...] = kv_groups(arch, config.model.max_model_len)
         kv_dtype = KV_DTYPES[config.cache.kv_cache_dtype]
@@ -85,6 +88,12 @@ class Worker:
     def execute(self, plan: Plan) -> StepResult:
         """Run a step to its end."""
         return self.submit(plan).result()
+
+
+def _compiler(config: Config, eos: tuple[int, ...]) -> Compiler:
+    """Of grammars, for texts that `eos` end; made when the first constrained row comes."""
+    vocab_size, limit = config.model.arch.vocab_size, config.structured.grammar_timeout
+    return compiler(tokenizer_folder(config), vocab_size, eos, limit)
 
 
 def _leave_the_cores_to_native_threads(model: CausalLM, ops: Binder) -> None:

@@ -45,10 +45,12 @@ class RequestMetrics:
     """Times in seconds of the output side's clock (`arrival_time` when the request was made)."""
 
     arrival_time: float
+    scheduled_time: float | None = None
     first_token_time: float | None = None
     last_token_time: float | None = None
     finished_time: float | None = None
     num_generation_tokens: int = 0
+    num_preemptions: int = 0
 
     @property
     def first_token_latency(self) -> float | None:

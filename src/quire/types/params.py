@@ -13,7 +13,7 @@ import math
 import operator
 from collections.abc import Mapping, Sequence
 from enum import Enum
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import msgspec
 
@@ -35,9 +35,17 @@ class RequestOutputKind(Enum):
     FINAL_ONLY = 2
 
 
-class StructuredOutputsParams(msgspec.Struct):
-    """A constraint on the text: exactly one of `json` (schema), `regex`, `choice`, `grammar`, `json_object`,
-    `structural_tag`."""
+class StructuredOutputsParams(msgspec.Struct, omit_defaults=True):
+    """A constraint on the text: exactly one of
+
+    `json`: a JSON schema, as a dict or as text; `regex`: a regular expression, which the whole text matches; `choice`:
+    strings, one of which the text is; `grammar`: in Lark's notation or in GBNF; `json_object` (True): any JSON object;
+    `structural_tag`: refused by the engine.
+
+    For JSON: `disable_any_whitespace` allows no white space between its tokens, `whitespace_pattern` (a regex) what it
+    matches; else there may be two blanks, or a line end and indentation. `disable_additional_properties` closes every
+    object that does not say otherwise.
+    """
 
     json: str | dict[str, Any] | None = None
     regex: str | None = None
@@ -50,11 +58,38 @@ class StructuredOutputsParams(msgspec.Struct):
     structural_tag: str | None = None
 
     def __post_init__(self) -> None:
+        self.normalize()
+
+    def normalize(self) -> None:
+        """Check every field; see `SamplingParams.normalize`."""
+        if self.json_object is False:
+            self.json_object = None
         kinds = ("json", "regex", "choice", "grammar", "json_object", "structural_tag")
         given = [k for k in kinds if getattr(self, k) is not None]
         if len(given) != 1:
             got = ", ".join(given) or "none"
-            raise ClientError(f"structured_outputs needs exactly one of {', '.join(kinds)}; got {got}")
+            _refuse(f"structured_outputs needs exactly one of {', '.join(kinds)}; got {got}")
+        if self.json is not None and not isinstance(self.json, str | dict):  # pyright: ignore[reportUnnecessaryIsInstance]
+            _refuse(f"structured_outputs.json must be a schema (a dict, or text), got {type(self.json).__name__}")
+        for name in ("regex", "grammar", "structural_tag", "whitespace_pattern"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, str) or not value):
+                _refuse(f"structured_outputs.{name} must be a string that is not empty, got {value!r}")
+        if self.choice is not None:
+            choice: Any = self.choice
+            if not isinstance(choice, list | tuple) or not choice or not all(isinstance(c, str) and c for c in choice):  # pyright: ignore[reportUnknownVariableType]
+                _refuse("structured_outputs.choice must be a list of strings, none of them empty")
+            self.choice = list(dict.fromkeys(self.choice))
+        for name in ("disable_any_whitespace", "disable_additional_properties"):
+            _flag(f"structured_outputs.{name}", getattr(self, name))
+        if self.json_object is not None:
+            _flag("structured_outputs.json_object", self.json_object)
+        if self.disable_any_whitespace and self.whitespace_pattern is not None:
+            _refuse("structured_outputs: disable_any_whitespace and whitespace_pattern contradict each other")
+
+
+def _refuse(text: str) -> NoReturn:
+    raise ClientError(text, "structured_outputs")
 
 
 class RepetitionDetectionParams(msgspec.Struct):
@@ -124,7 +159,7 @@ _GONE = {  # of older vLLM
     "beam_width": "call LLM.beam_search with BeamSearchParams",
     "length_penalty": "call LLM.beam_search with BeamSearchParams",
     "early_stopping": "call LLM.beam_search with BeamSearchParams",
-    "guided_decoding": "structured outputs are not yet in quire; leave it out",
+    "guided_decoding": "use structured_outputs=StructuredOutputsParams(...)",
     "max_new_tokens": "use max_tokens",
     "do_sample": "temperature=0 is greedy, anything above draws",
     "num_return_sequences": "use n",
@@ -182,8 +217,11 @@ class SamplingParams(msgspec.Struct, metaclass=_Named, omit_defaults=True, tag=T
         allowed_token_ids: only these may be generated.
         logits_processors: callables of this request, f(output_ids, logits_V) or f(prompt_ids, output_ids, logits_V),
             returning logits_V.
+        structured_outputs: a constraint on the text; it ends with what is complete under it, whatever `ignore_eos` and
+            `min_tokens` say. A dict of its fields will do.
         extra_args: passed on to engine-wide logits processors.
-        bad_words_token_ids, eos_token_ids: filled by the engine.
+        bad_words_token_ids, eos_token_ids: filled by the engine, and so is `structured_after`: the text (the end of
+            the reasoning) after which `structured_outputs` hold.
 
     Raises:
         ClientError: a value is out of its range, or two of them contradict each other.
@@ -230,6 +268,7 @@ class SamplingParams(msgspec.Struct, metaclass=_Named, omit_defaults=True, tag=T
     logits_processors: list[Any] | None = None
     bad_words_token_ids: list[list[int]] = []
     eos_token_ids: tuple[int, ...] = ()
+    structured_after: str = ""
 
     def __post_init__(self) -> None:
         self.normalize()
@@ -312,6 +351,16 @@ class SamplingParams(msgspec.Struct, metaclass=_Named, omit_defaults=True, tag=T
             self.skip_reading_prefix_cache = True  # a cached position has no hidden state left to take logprobs from
 
     def _normalize_constraints(self) -> None:
+        given: Any = self.structured_outputs
+        if isinstance(given, Mapping):
+            try:
+                self.structured_outputs = msgspec.convert(given, StructuredOutputsParams)
+            except msgspec.ValidationError as e:
+                _refuse(f"structured_outputs: {e}")
+        elif isinstance(given, StructuredOutputsParams):
+            given.normalize()
+        elif given is not None:
+            _refuse(f"structured_outputs must be StructuredOutputsParams, got {type(given).__name__}")
         if self.allowed_token_ids is not None:
             self.allowed_token_ids = _ids("allowed_token_ids", self.allowed_token_ids)
             if not self.allowed_token_ids:
@@ -355,6 +404,7 @@ class SamplingParams(msgspec.Struct, metaclass=_Named, omit_defaults=True, tag=T
             or self.bad_words_token_ids
             or self.prompt_logprobs is not None
             or self.logits_processors
+            or self.structured_outputs
         )
 
     @property

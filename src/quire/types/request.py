@@ -29,7 +29,8 @@ class Request(msgspec.Struct, frozen=True):
     `seed` is the resolved 64-bit seed of its noise. `eos_token_ids` end a sequence unless `params.ignore_eos`.
     `stream`: a delta after each step; else one when a sequence ends (requests with stop strings always stream, since
     the output side looks for them). `cache_salt` and `lora_id` separate prefix-cache entries. `item_hashes` are
-    (token index, length, hash) of the multimodal items inside the prompt.
+    (token index, length, hash) of the multimodal items inside the prompt. `resume`: the request was running elsewhere;
+    of each of its sequences the output tokens that are known, None for those that have ended.
     """
 
     id: str
@@ -42,14 +43,18 @@ class Request(msgspec.Struct, frozen=True):
     cache_salt: str = ""
     lora_id: int = 0
     item_hashes: tuple[tuple[int, int, bytes], ...] = ()
+    resume: tuple[list[int] | None, ...] = ()
 
 
-class Delta(msgspec.Struct):
+class Delta(msgspec.Struct, omit_defaults=True):
     """New tokens of one sequence (`index` of its request), perhaps its end.
 
     `logprobs[i]` belongs to `tokens[i]` (one line each). `stop_token` is the stop token that ended it, if one did that
     the user named. `cumulative_logprob` is set by beam search. `cached_tokens`: how much of the prompt came from the
-    prefix cache (set on a request's first delta of each sequence).
+    prefix cache (set on a request's first delta of each sequence). `planned`, `first`: when the request was first
+    planned and when its first token came, in seconds of the machine's monotonic clock (set on its first delta).
+    `preemptions`: of its request so far, set
+    with `finish`.
     """
 
     request_id: str
@@ -62,3 +67,6 @@ class Delta(msgspec.Struct):
     cumulative_logprob: float | None = None
     cached_tokens: int | None = None
     error: str | None = None
+    planned: float | None = None
+    first: float | None = None
+    preemptions: int = 0

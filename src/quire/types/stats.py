@@ -9,7 +9,8 @@ class EngineStats(msgspec.Struct, frozen=True):
     """A snapshot. Blocks: `blocks_used` + `blocks_cached` + `blocks_free` = `blocks_total`; a cached block is unused
     but holds a prefix that may be hit again, so it is free to take. `host_blocks_used` counts host blocks that hold
     anything, of swapped sequences or evicted prefixes. `kv_cache_usage` is used / total, 0 to 1. Counters run since
-    the start: tokens, preemptions, prefix cache queries and hits (in tokens).
+    the start: tokens, preemptions, prefix cache queries and hits (in tokens), requests received. `waiting_tokens` are
+    the known tokens of the waiting sequences.
     """
 
     blocks_total: int = 0
@@ -26,6 +27,8 @@ class EngineStats(msgspec.Struct, frozen=True):
     prompt_tokens: int = 0
     generation_tokens: int = 0
     block_size: int = 0
+    waiting_tokens: int = 0
+    received: int = 0
 
     @property
     def kv_cache_usage(self) -> float:

@@ -1,0 +1,322 @@
+"""The way to a core in a process of its own: `ProcessClient`.
+
+Owns: that process, the socket to it, and what is known of the requests that it runs. When the process is lost it is
+started again, and its requests are replayed from their tokens: the noise of a token depends on the request's seed and
+the token's position alone, so they go on as if nothing had happened. A request that was there twice when the core died
+is not replayed again. All from one thread, except `wake`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import tempfile
+import time
+from collections import deque
+from typing import Any
+
+import msgspec
+import zmq
+
+from quire.config.schema import Config
+from quire.engine import wire
+from quire.parallel.launch import ERROR, Child, describe_exit
+from quire.types.errors import ClientError, EngineError
+from quire.types.params import SamplingParams
+from quire.types.request import Delta, FinishReason, Request
+from quire.types.stats import EngineStats
+
+log = logging.getLogger(__name__)
+
+_SERVE = "quire.engine.serve:serve"
+_SOCKET = "core"
+_STOP_S = 5.0  # how long the core may take to end when asked
+_CALL_S = 120.0
+COUNTERS = ("preemptions", "prefix_queries", "prefix_hits", "prompt_tokens", "generation_tokens")
+HELLO = 0  # the number of a call that only wants an answer
+MAX_DEATHS = 2  # of the core under one request
+MAX_STARTS = 3  # in a row that fail, or that no step follows
+CALM_S = 30.0  # a process that was ready so long counts as a success
+
+
+class _Live:
+    """A request that runs: what is known of its sequences."""
+
+    def __init__(self, request: Request) -> None:
+        params = request.params
+        self.request, self.deaths = request, 0
+        self.samples = params.n if isinstance(params, SamplingParams) else 0
+        self.tokens: list[list[int] | None] = [[] for _ in range(self.samples)]
+        self.begun = False
+
+    def take(self, delta: Delta) -> bool:
+        """Answers whether the request is over with this."""
+        if delta.finish is None:
+            if (known := self.tokens[delta.index]) is not None:
+                known += delta.tokens
+                self.begun = True
+            return False
+        return self.end(delta.index)
+
+    def end(self, index: int) -> bool:
+        if not self.samples:  # beams end together
+            return True
+        self.tokens[index], self.begun = None, True
+        return all(known is None for known in self.tokens)
+
+    def resumed(self) -> Request:
+        """The request for another core."""
+        request = self.request
+        if not self.begun:
+            return request
+        params = request.params
+        if isinstance(params, SamplingParams) and params.prompt_logprobs is not None:
+            params = params.clone()
+            params.prompt_logprobs = None  # they came with the first token
+        return msgspec.structs.replace(request, params=params, resume=tuple(self.tokens))
+
+
+class ProcessClient:
+    """Raises `ClientError` for a configuration that the core refuses, `EngineError` where it cannot be started.
+
+    Make it in a thread that lives as long as the engine: on Linux the core's process ends with the thread that made it.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self._context = zmq.Context(io_threads=1)
+        self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._live: dict[str, _Live] = {}
+        self._late: list[Delta] = []  # for the next `step`
+        self._replies: dict[int, wire.Reply] = {}
+        self._calls = 0
+        self._stats = EngineStats()
+        self._before: EngineStats | None = None
+        self._sent = 0
+        self._closed = False
+        self._ready = False
+        self._starts = 0
+        self._since = 0.0  # when the process was ready
+        self.restarts = 0
+        self.steps: deque[int] = deque(maxlen=100_000)  # how many tokens each step computed, till somebody asks
+        self.progress = time.monotonic()  # when something last moved, or there was nothing to move
+        self.seconds: dict[str, float] = {}
+        self._start()
+        while not self._ready:
+            self._turn(None)
+
+    # -- the client's face ---------------------------------------------------------------------------------------------
+
+    def add(self, request: Request) -> None:
+        if not self._live:
+            self.progress = time.monotonic()
+        live = _Live(request)
+        if self._ready:
+            try:
+                self._send(wire.Add(request))
+            except NotImplementedError as error:
+                text = f"logits_processors of a request cannot be sent to another process ({error}): name the class in"
+                raise ClientError(f"{text} the engine's logits_processors", "logits_processors") from error
+            self._sent += 1
+        self._live[request.id] = live
+
+    def abort(self, request_ids: list[str]) -> None:
+        for name in request_ids:
+            self._live.pop(name, None)
+        if self._ready:
+            self._send(wire.Abort(request_ids))
+
+    def end(self, request_id: str, index: int, at: int) -> None:
+        if (live := self._live.get(request_id)) is not None and live.end(index):
+            del self._live[request_id]
+        if self._ready:
+            self._send(wire.End(request_id, index, at))
+
+    def step(self) -> list[Delta]:
+        """Waits for what the core's next step brings, or for `wake`. Raises `EngineError` where the core is lost and
+        cannot be started again."""
+        if not self._late:
+            self._turn(None)
+        late, self._late = self._late, []
+        return late
+
+    def wake(self) -> None:
+        """From any thread: have `step` return."""
+        if not self._closed:
+            os.eventfd_write(self._wake, 1)
+
+    @property
+    def has_work(self) -> bool:
+        """There may always be a message."""
+        return True
+
+    @property
+    def ready(self) -> bool:
+        """Whether the core's process is there; False while it is started again."""
+        return self._ready
+
+    def stats(self) -> EngineStats:
+        """As of the core's last step; counters go on where the last process left off."""
+        return self._stats if self._before is None else _added(self._stats, self._before)
+
+    @property
+    def unseen(self) -> int:
+        """Requests that the last statistics do not know of yet."""
+        return self._sent - self._stats.received
+
+    def take_steps(self) -> list[int]:
+        """How many tokens each step since the last call computed. From any thread."""
+        return [self.steps.popleft() for _ in range(len(self.steps))]
+
+    def reset_prefix_cache(self) -> bool:
+        return self.call("reset_prefix_cache")
+
+    def call(self, method: str, *arguments: Any) -> Any:
+        """The answer of one of `wire.CALLS`. Raises `EngineError`."""
+        if not self._ready:
+            raise EngineError("the engine's process is being started again")
+        self._calls += 1
+        number, starts = self._calls, self.restarts
+        self._send(wire.Call(number, method, list(arguments)))
+        until = time.monotonic() + _CALL_S
+        while number not in self._replies:
+            left = until - time.monotonic()
+            if left <= 0 or self.restarts != starts:
+                raise EngineError(f"{method}: the engine's process does not answer")
+            self._turn(left)
+        reply = self._replies.pop(number)
+        if reply.error is not None:
+            raise EngineError(f"{method}: {reply.error}")
+        return reply.value
+
+    def shutdown(self) -> None:
+        """End the process, in bounded time. May be repeated."""
+        if self._closed:
+            return
+        self._closed = True
+        if self._ready:
+            self._send(wire.Stop())
+            if self._child.exit_code(_STOP_S) is None:
+                log.warning("the engine's process did not end when asked and is killed")
+        self._drop()
+        os.close(self._wake)
+        self._context.destroy(linger=0)
+
+    # -- the process ---------------------------------------------------------------------------------------------------
+
+    def _start(self) -> None:
+        self._folder = tempfile.mkdtemp(prefix="quire-")
+        self._address = f"ipc://{self._folder}/{_SOCKET}"
+        self._socket = self._context.socket(zmq.DEALER)
+        self._socket.set(zmq.LINGER, 0)
+        self._socket.set(zmq.SNDHWM, 0)
+        self._socket.set(zmq.RCVHWM, 0)
+        self._child = Child(_SERVE, (self._config, self._address, time.time()))
+        self._poller = zmq.Poller()
+        self._poller.register(self._socket, zmq.POLLIN)
+        self._poller.register(self._child.channel.fileno(), zmq.POLLIN)
+        self._poller.register(self._wake, zmq.POLLIN)
+
+    def _drop(self) -> None:
+        self._ready = False
+        self._child.kill()
+        self._child.channel.close()
+        self._socket.close()
+        _unlink(self._folder, _SOCKET)
+
+    def _turn(self, timeout_s: float | None) -> None:
+        """Wait for something and take it in."""
+        events = dict(self._poller.poll(None if timeout_s is None else max(1, int(timeout_s * 1000))))
+        if self._wake in events:
+            os.eventfd_read(self._wake)
+        while self._ready:  # before the channel: what a dying core has said still counts
+            try:
+                data = self._socket.recv(zmq.NOBLOCK)
+            except zmq.Again:
+                break
+            self._take(wire.decode(data, wire.FromCore))
+        if self._child.channel.fileno() in events:
+            self._hear()
+
+    def _take(self, message: wire.FromCore) -> None:
+        if isinstance(message, wire.Reply):
+            if message.number == HELLO:
+                _unlink(self._folder, _SOCKET)  # connected: a crash leaves nothing behind now
+                return
+            self._replies[message.number] = message
+            return
+        self._stats = message.stats
+        self._starts = 0
+        if message.tokens:
+            self.steps.append(message.tokens)
+            self.progress = time.monotonic()
+        for delta in message.deltas:
+            live = self._live.get(delta.request_id)
+            if live is not None and live.take(delta):
+                del self._live[delta.request_id]
+        self._late += message.deltas
+
+    def _hear(self) -> None:
+        """The channel says that the core is ready, or how it ended."""
+        text = ""
+        try:
+            data = self._child.channel.recv_bytes()
+            if not data.startswith(ERROR):
+                first = wire.decode(data, wire.Ready | wire.Refused)
+                if isinstance(first, wire.Refused):
+                    self.shutdown()
+                    raise ClientError(first.text, first.parameter)
+                self._connect(first)
+                return
+            text = data[len(ERROR) :].decode(errors="replace").rstrip()
+        except (EOFError, OSError):
+            pass
+        self._lost(text)
+
+    def _connect(self, ready: wire.Ready) -> None:
+        self._socket.connect(self._address)
+        self._stats, self.seconds, self._sent = ready.stats, ready.seconds, 0
+        self._ready = True
+        self._since = time.monotonic()
+        self.progress = time.monotonic()
+        self._send(wire.Call(HELLO, "hello"))
+        for live in self._live.values():
+            self._send(wire.Add(live.resumed()))
+            self._sent += 1
+
+    def _lost(self, text: str) -> None:
+        code = self._child.exit_code(1.0)
+        last = text.splitlines()[-1] if text else ""
+        reason = f"the engine's process {describe_exit(code)}" + (f": {last}" if last else "")
+        first = not self._ready and self.restarts == 0
+        self._drop()
+        self._starts = 1 if time.monotonic() - self._since > CALM_S else self._starts + 1
+        if self._closed or first or self._starts > MAX_STARTS:
+            raise EngineError(f"{reason}\n{text}" if text else reason)
+        log.error("%s; it is started again, with its %d requests", reason, len(self._live))
+        if text:
+            log.error("%s", text)
+        self.restarts += 1
+        self._before, self._stats = self.stats(), EngineStats()
+        for name, live in list(self._live.items()):
+            live.deaths += 1
+            if live.deaths >= MAX_DEATHS:
+                del self._live[name]
+                self._late.append(Delta(name, 0, [], FinishReason.ERROR, error=reason))
+        self._start()
+
+    def _send(self, message: wire.ToCore) -> None:
+        self._socket.send(wire.encode(message))
+
+
+def _added(now: EngineStats, before: EngineStats) -> EngineStats:
+    return msgspec.structs.replace(now, **{name: getattr(now, name) + getattr(before, name) for name in COUNTERS})
+
+
+def _unlink(folder: str, name: str) -> None:
+    """Remove the socket's file and folder: whoever is connected stays so, and nothing is left for a crash to leave."""
+    with contextlib.suppress(OSError):
+        os.unlink(os.path.join(folder, name))
+    with contextlib.suppress(OSError):
+        os.rmdir(folder)

@@ -1,0 +1,1 @@
+"""The module paths that vLLM's users type."""

@@ -1,0 +1,1 @@
+"""The HTTP front: OpenAI's interface over an engine in another process."""

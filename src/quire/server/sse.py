@@ -1,0 +1,67 @@
+"""Server-sent events: answers that are sent while they are made.
+
+Owns: the frames, the headers, and what happens when the client leaves or something goes wrong halfway: a frame with an
+error body, never a silent cut.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from typing import Any
+
+import msgspec
+from starlette.responses import Response
+
+from quire.server.errors import ClientGone, api_error
+from quire.server.served import Run
+
+log = logging.getLogger(__name__)
+
+DONE = b"data: [DONE]\n\n"
+KEEP_ALIVE = b": \n\n"
+_HEADERS = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),
+]
+encode = msgspec.json.Encoder().encode
+
+
+def frame(value: Any) -> bytes:
+    return b"data: " + encode(value) + b"\n\n"
+
+
+class EventStream(Response):
+    """Sends what `frames` makes of a run, with an end that says whether it is one."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, run: Run, frames: AsyncGenerator[bytes], done: bytes = DONE, keep_alive_s: float = 0) -> None:
+        super().__init__(headers={"x-request-id": run.id})
+        self._run, self._frames, self._done, self._keep_alive_s = run, frames, done, keep_alive_s
+
+    async def __call__(self, scope: Any, receive: Any, send: Callable[[Any], Awaitable[None]]) -> None:
+        run = self._run
+        watcher = asyncio.ensure_future(run.watch(receive))
+        headers = [*_HEADERS, (b"x-request-id", run.id.encode())]
+        try:
+            await send({"type": "http.response.start", "status": 200, "headers": headers})
+            try:
+                async for data in self._frames:
+                    await send({"type": "http.response.body", "body": data, "more_body": True})
+            except ClientGone:
+                log.info("request %s: the client left", run.id)
+                return
+            except Exception as error:
+                found = api_error(error)
+                level = logging.ERROR if found.status >= 500 else logging.INFO
+                log.log(level, "request %s failed while it was being answered: %s", run.id, found.message)
+                body = frame(found.body) if self._done else found.data + b"\n"
+                await send({"type": "http.response.body", "body": body, "more_body": True})
+            await send({"type": "http.response.body", "body": self._done, "more_body": False})
+        finally:
+            watcher.cancel()
+            run.close()
+            await self._frames.aclose()

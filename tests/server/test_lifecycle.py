@@ -1,0 +1,270 @@
+"""How servers start and end, what they let in, and what happens when their engine is lost."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx2 as httpx
+import openai
+import pytest
+from servers import Server, gone, until
+
+PROMPT = "Once upon a time"
+LONG: dict[str, Any] = {"prompt": PROMPT, "max_tokens": 450, "ignore_eos": True}
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[..., Server]]:
+    made: list[Server] = []
+
+    def make(*args: str, **options: Any) -> Server:
+        made.append(Server(*args, **options))
+        return made[-1]
+
+    yield make
+    for server in made:
+        if server.process.poll() is None:
+            server.stop(signal.SIGKILL)
+        assert server.process.stderr is not None
+        server.process.stderr.close()
+
+
+async def stream(server: Server, **more: Any) -> tuple[str, str | None]:
+    """The text of a streamed completion, and how it ended."""
+    text, end = "", None
+    asked: dict[str, Any] = {"model": "demo", "stream": True, **LONG, **more}
+    body = {"ignore_eos": asked.pop("ignore_eos")}
+    client = openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=60)
+    async with client:
+        async for chunk in await client.completions.create(extra_body=body, **asked):
+            text += chunk.choices[0].text
+            end = chunk.choices[0].finish_reason or end
+    return text, end
+
+
+def test_keys(start: Callable[..., Server]) -> None:
+    server = start("--api-key=secret", "--api-key=other")
+    for path in ("/health", "/ready", "/ping"):
+        assert server.get(path).status_code == 200
+    for path in ("/v1/models", "/metrics", "/openapi.json", "/version", "/load", "/nothing"):
+        answer = server.get(path)
+        assert answer.status_code == 401 and answer.json()["error"]["code"] == "invalid_api_key"
+        assert server.get(path, headers={"authorization": "Bearer wrong"}).status_code == 401
+    with pytest.raises(openai.AuthenticationError):
+        server.client("wrong").models.list()
+    assert server.client("secret").models.list().data and server.client("other").models.list().data
+    assert "access-control-allow-origin" not in server.get("/health", headers={"origin": "http://x"}).headers
+
+
+def test_sigterm_lets_running_requests_end(start: Callable[..., Server]) -> None:
+    server = start()
+    engine = server.engine()
+
+    async def main() -> None:
+        running = [asyncio.create_task(stream(server)) for _ in range(4)]
+        await asyncio.to_thread(until, lambda: server.metric("vllm:num_requests_running") == 4, 10)
+        server.process.send_signal(signal.SIGTERM)
+        os.kill(engine.pid, signal.SIGTERM)  # as service managers do; it means nothing to the engine
+        await asyncio.to_thread(until, lambda: server.get("/ready").status_code == 503, 5)
+        assert server.get("/health").status_code == 200
+        refused = server.post("/v1/completions", LONG)
+        assert refused.status_code == 503 and refused.json()["error"]["code"] == "shutting_down"
+        assert refused.headers["retry-after"]
+        assert [end for _, end in await asyncio.gather(*running)] == ["length"] * 4
+
+    asyncio.run(main())
+    assert server.process.wait(10) == 0 and gone(engine.pid)
+
+
+def test_what_does_not_end_in_time_is_ended_with_an_error(start: Callable[..., Server]) -> None:
+    server = start("--shutdown-timeout=0.2")
+    engine = server.engine()
+
+    async def main() -> None:
+        running = asyncio.create_task(stream(server, n=8))
+        await asyncio.to_thread(until, lambda: server.metric("vllm:num_requests_running") == 8, 10)
+        os.kill(engine.pid, signal.SIGSTOP)  # nothing will end by itself
+        server.process.send_signal(signal.SIGTERM)
+        with pytest.raises(openai.APIError, match="shutting down"):
+            await running
+
+    asyncio.run(main())
+    assert server.process.wait(15) == 0 and gone(engine.pid)
+
+
+def test_a_killed_engine_is_replaced_under_its_streams(start: Callable[..., Server]) -> None:
+    server = start()
+
+    async def main() -> None:
+        seeds = [{"seed": i, "temperature": 0.8} for i in range(6)]
+        expected = await asyncio.gather(*(stream(server, **seed) for seed in seeds))
+        first = server.engine().pid
+        running = [asyncio.create_task(stream(server, **seed)) for seed in seeds]
+        made = server.metric("vllm:generation_tokens_total")
+        await asyncio.to_thread(until, lambda: server.metric("vllm:generation_tokens_total") > made + 200, 10)
+        os.kill(first, signal.SIGKILL)
+        await asyncio.to_thread(until, lambda: server.get("/health").status_code == 503, 5)
+        waiting = asyncio.create_task(stream(server, **seeds[0]))  # asked while there is no engine
+        assert await asyncio.gather(*running, waiting) == [*expected, expected[0]]
+        assert server.engine().pid != first and gone(first) and server.get("/health").status_code == 200
+
+    asyncio.run(main())
+    server.idle()
+    assert server.metric("quire:engine_restarts") == 1
+    assert server.metric("vllm:request_success_total") == 13
+    assert server.stop() == 0
+
+
+def test_health_means_progress(start: Callable[..., Server]) -> None:
+    server = start("--health-stall-timeout=0.5")
+    engine = server.engine().pid
+
+    async def main() -> None:
+        os.kill(engine, signal.SIGSTOP)
+        await asyncio.sleep(0.7)
+        assert server.get("/health").status_code == 200, "nothing is asked for, so nothing is late"
+        running = asyncio.create_task(stream(server))
+        await asyncio.to_thread(until, lambda: server.get("/health").status_code == 503, 5)
+        assert "nothing was computed" in server.get("/health").json()["status"]
+        os.kill(engine, signal.SIGCONT)
+        await asyncio.to_thread(until, lambda: server.get("/health").status_code == 200, 5)
+        assert (await running)[1] == "length"
+
+    asyncio.run(main())
+
+
+def test_a_queue_has_an_end(start: Callable[..., Server]) -> None:
+    server = start("--max-num-seqs=2", "--max-num-queued-reqs=3", "--max-num-queued-tokens=200")
+    engine = server.engine().pid
+
+    async def ask(prompt: str) -> httpx.Response:
+        async with httpx.AsyncClient(timeout=60) as client:
+            return await client.post(f"{server.url}/v1/completions", json={**LONG, "prompt": prompt})
+
+    async def main() -> None:
+        os.kill(engine, signal.SIGSTOP)  # so that nothing leaves the queue while requests come
+        tasks = [asyncio.create_task(ask("x")) for _ in range(12)]
+        await asyncio.to_thread(until, lambda: sum(task.done() for task in tasks) == 7, 20)
+        assert server.post("/v1/completions", {**LONG, "prompt": "x"}).status_code == 429
+        os.kill(engine, signal.SIGCONT)
+        answers = await asyncio.gather(*tasks)
+        assert sorted(answer.status_code for answer in answers) == [200] * 5 + [429] * 7
+        for answer in answers:
+            if answer.status_code == 429:
+                assert answer.json()["error"]["type"] == "rate_limit_error" and answer.headers["retry-after"] == "1"
+        os.kill(engine, signal.SIGSTOP)
+        running = [asyncio.create_task(ask("x")) for _ in range(3)]
+        await asyncio.to_thread(until, lambda: server.get("/load").json() == {"server_load": 3}, 20)
+        assert (await ask("word " * 300)).status_code == 429
+        os.kill(engine, signal.SIGCONT)
+        assert [answer.status_code for answer in await asyncio.gather(*running)] == [200] * 3
+
+    asyncio.run(main())
+    server.idle()
+    assert server.metric("vllm:admission_rejections_total", reason="queued_reqs") == 8
+    assert server.metric("vllm:admission_rejections_total", reason="queued_tokens") == 1
+
+
+def test_starting_is_told_and_a_port_in_use_too(start: Callable[..., Server]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        refused = start(f"--port={port}", wait=False)
+        assert refused.process.wait(30) == 2
+    refused._reader.join()
+    assert "choose another" in "".join(refused.log)
+    server = start(f"--port={port}", wait=False)
+    server._url = f"http://127.0.0.1:{port}"
+    seen: set[int] = set()
+    until(lambda: _status(server, seen) == 200, 60)
+    assert seen == {200, 503}
+    assert server.stop() == 0
+
+
+def _status(server: Server, seen: set[int]) -> int:
+    try:
+        status = server.get("/health").status_code
+    except httpx.TransportError:
+        return 0
+    seen.add(status)
+    return status
+
+
+def test_a_configuration_file(start: Callable[..., Server], tmp_path: Path) -> None:
+    (tmp_path / "serve.yaml").write_text("served-model-name: from-the-file\nmax_model_len: 100\nseed: 3\n")
+    server = start(f"--config={tmp_path / 'serve.yaml'}", "--max-model-len=128", module="quire.entrypoints.api_server")
+    (card,) = server.client().models.list().data
+    assert card.id == "from-the-file" and card.max_model_len == 128  # type: ignore[attr-defined]
+    (tmp_path / "bad.yaml").write_text("max_modle_len: 100\n")
+    command = [sys.executable, "-m", "quire", "serve", "demo", f"--config={tmp_path / 'bad.yaml'}"]
+    bad = subprocess.run(command, capture_output=True, text=True)
+    assert bad.returncode == 2 and "did you mean max_model_len?" in bad.stderr
+
+
+def test_a_killed_front_end_leaves_nothing(start: Callable[..., Server]) -> None:
+    server = start()
+    engine = server.engine().pid
+    running = subprocess.Popen(
+        [sys.executable, "-c", f"import httpx2; httpx2.post('{server.url}/v1/completions', json={LONG!r}, timeout=60)"],
+        stderr=subprocess.DEVNULL,
+    )
+    until(lambda: server.metric("vllm:num_requests_running") == 1, 20)
+    server.process.kill()
+    until(lambda: gone(engine), 5)
+    assert running.wait(10) != 0
+    port = server.url.rpartition(":")[2]
+    again = start(f"--port={port}")
+    assert again.post("/v1/completions", {"prompt": "x", "max_tokens": 1}).status_code == 200
+
+
+def test_a_profile(start: Callable[..., Server], tmp_path: Path) -> None:
+    server = start(f"--profiler-dir={tmp_path}")
+    assert server.post("/start_profile").status_code == 200
+    assert server.post("/start_profile").json()["error"]["message"].endswith("the profiler is running already")
+    server.post("/v1/completions", {"prompt": "x", "max_tokens": 3})
+    path = Path(server.post("/stop_profile").json()["path"])
+    assert path.parent == tmp_path and "traceEvents" in path.read_text()
+
+
+FAULTS = Path(__file__).parent / "faults.py"
+
+
+def test_faults_of_one_request_end_that_request(start: Callable[..., Server], monkeypatch: pytest.MonkeyPatch) -> None:
+    """One request's step raises, its logits processor raises, or it kills the engine; its neighbours never know."""
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(FAULTS.parent), *sys.path]))
+    server = start("--logits-processors=faults:Faults")
+
+    async def bad(fault: str) -> str:
+        async with httpx.AsyncClient(timeout=60) as client:
+            body = {**LONG, "max_tokens": 40, "vllm_xargs": {"fault": fault}}
+            answer = await client.post(f"{server.url}/v1/completions", json=body)
+        assert answer.status_code == 500 and answer.json()["error"]["type"] == "server_error"
+        return answer.json()["error"]["message"]
+
+    async def main() -> None:
+        seeds = [{"seed": i, "temperature": 0.8} for i in range(5)]
+        expected = await asyncio.gather(*(stream(server, **seed) for seed in seeds))
+        for fault, text in (("step", "the step's fault"), ("row", "the row's fault"), ("memory", "MemoryError")):
+            running = [asyncio.create_task(stream(server, **seed)) for seed in seeds]
+            await asyncio.to_thread(until, lambda: server.metric("vllm:num_requests_running") == 5, 10)
+            assert text in await bad(fault)
+            assert await asyncio.gather(*running) == expected, fault
+        server.idle()
+        assert server.metric("quire:engine_restarts") == 0
+        assert "SIGKILL" in await bad("kill")
+        assert server.metric("quire:engine_restarts") == 2
+
+    begin = time.monotonic()
+    asyncio.run(main())
+    server.idle()
+    assert server.metric("vllm:request_success_total", finished_reason="error") == 4
+    assert time.monotonic() - begin < 60
+    assert server.stop() == 0
