@@ -12,6 +12,7 @@ constexpr int ROWS_OF_ONE = 8, ROWS_OF_TWO = 8;  // weight rows at a time, for o
 #include "linear_avx512.h"
 #include "quantized.h"
 #include "quantized_avx512.h"
+#include "lanes_avx512.h"
 #include "attention_avx512.h"
 constexpr bool FAST_PAIRS = true;
 #include "attention.h"

@@ -15,6 +15,7 @@ constexpr int64_t LINEAR_TOKENS = 64;  // tokens of a block: their sums fit the 
 // too short for the hardware's own prefetcher.
 constexpr int64_t LINEAR_AHEAD = 16;
 constexpr int64_t LINEAR_BYTES = 4096;  // of a row at a time: 64 of them are a quarter of the L2 cache
+constexpr int64_t LINEAR_PAIRED = 16;  // rows of each half at a time where outputs are gated
 constexpr int64_t LINEAR_ROWS = 64;    // weight rows whose sums are collected before the epilogue runs over them
 
 // values[n] (and gates[n]) are the sums of outputs first .. first + count of token m: makes them the op's outputs.
@@ -118,6 +119,7 @@ inline void tile(const X* x, int64_t stride_x, int64_t tokens, int64_t size, con
 template <class A, class B, class C, class X> void linear_rows(const qr_op& op, Context& c) {
     int64_t tokens = c.count(op.i[0]), outputs = op.i[1], size = op.i[2], stride_w = op.i[4];
     constexpr int64_t depth = LINEAR_BYTES / int64_t(sizeof(X)), pad = 64 / int64_t(sizeof(X));
+    auto* weights = static_cast<const B*>(op.p[1]);
     bool gated = op.flags & QR_GATED;
     int64_t grain = most(32, 16 * ceil_div(outputs, 16 * 8 * c.threads)), pieces = ceil_div(outputs, grain);
     alignas(64) float sums[2][LINEAR_TOKENS * LINEAR_ROWS];
@@ -144,11 +146,14 @@ template <class A, class B, class C, class X> void linear_rows(const qr_op& op, 
             int64_t end = least(outputs, (piece + 1) * grain);
             for (int64_t first = piece * grain; first < end; first += LINEAR_ROWS) {
                 int64_t count = least(LINEAR_ROWS, end - first);
-                for (int half = 0; half < (gated ? 2 : 1); half++)
-                    for (int64_t k = 0; k < size || k == 0; k += depth)
-                        tile(x + k / depth * skip, stride_x, now, least(depth, size - k),
-                             static_cast<const B*>(op.p[1]) + (first + half * outputs) * stride_w + k, stride_w, count,
-                             sums[half], k > 0);
+                // A gate and its output close together: each of the two streams is asked for ahead of itself.
+                int64_t step = gated ? LINEAR_PAIRED : count;
+                for (int64_t n = 0; n < count; n += step)
+                    for (int half = 0; half < (gated ? 2 : 1); half++)
+                        for (int64_t k = 0; k < size || k == 0; k += depth)
+                            tile(x + k / depth * skip, stride_x, now, least(depth, size - k),
+                                 weights + (first + n + half * outputs) * stride_w + k, stride_w,
+                                 least(step, count - n), sums[half] + n, k > 0);
                 for (int64_t m = 0; m < now; m++) {
                     float *one = sums[0] + m * LINEAR_ROWS, *two = sums[1] + m * LINEAR_ROWS;
                     finish<A, B, C>(op, start + m, first, count, gated ? two : one, gated ? one : nullptr);

@@ -42,9 +42,3 @@ inline void dots(const bf16* const* w, const bf16* x, int64_t stride_x, int64_t 
         }
     }
 }
-
-void linear(const qr_op& op, Context& c) {
-    if (type_a(op) != QR_BF16) linear_generic(op, c);
-    else if (type_c(op) == QR_F32) linear_rows<bf16, bf16, float, bf16>(op, c);
-    else linear_rows<bf16, bf16, bf16, bf16>(op, c);
-}

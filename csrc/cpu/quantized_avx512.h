@@ -67,67 +67,12 @@ inline void tile_of(const int8_t* x, int64_t stride, int64_t tokens, const Weigh
     }
 }
 
-// 16 rows of 16 words as 16 rows of the words' lanes.
-inline void turn_words(const __m512i* a, uint8_t* to) {
-    __m512i b[16];
-    for (int r = 0; r < 16; r += 4) {  // 4 x 4 words in each of the 4 parts of a register
-        __m512i x = _mm512_unpacklo_epi32(a[r], a[r + 1]), y = _mm512_unpacklo_epi32(a[r + 2], a[r + 3]);
-        __m512i z = _mm512_unpackhi_epi32(a[r], a[r + 1]), u = _mm512_unpackhi_epi32(a[r + 2], a[r + 3]);
-        b[r] = _mm512_unpacklo_epi64(x, y);
-        b[r + 1] = _mm512_unpackhi_epi64(x, y);
-        b[r + 2] = _mm512_unpacklo_epi64(z, u);
-        b[r + 3] = _mm512_unpackhi_epi64(z, u);
-    }
-    for (int i = 0; i < 4; i++, to += 64) {  // part p of b[i], b[4 + i], ... are words 4p + i of the rows
-        __m512i x = _mm512_shuffle_i32x4(b[i], b[4 + i], 0x44), y = _mm512_shuffle_i32x4(b[8 + i], b[12 + i], 0x44);
-        __m512i z = _mm512_shuffle_i32x4(b[i], b[4 + i], 0xee), u = _mm512_shuffle_i32x4(b[8 + i], b[12 + i], 0xee);
-        _mm512_storeu_si512(to, _mm512_shuffle_i32x4(x, y, 0x88));
-        _mm512_storeu_si512(to + 256, _mm512_shuffle_i32x4(x, y, 0xdd));
-        _mm512_storeu_si512(to + 512, _mm512_shuffle_i32x4(z, u, 0x88));
-        _mm512_storeu_si512(to + 768, _mm512_shuffle_i32x4(z, u, 0xdd));
-    }
-}
-inline __m512i word_of(const int8_t* x) {
-    int32_t word;
-    __builtin_memcpy(&word, x, 4);
-    return _mm512_set1_epi32(word);
-}
-
-// Two panels of 16 turned rows (`next` bytes apart), or one, with all tokens: `Form::lanes`.
-template <class Form, int P>
-inline void panels(const uint8_t* panel, int64_t next, const int8_t* x, int64_t stride, int64_t tokens, int64_t size,
-                   float* out) {
-    constexpr int M = Form::tokens_at_once;
-    int64_t m = 0;
-    for (; m + M <= tokens; m += M)
-        Form::template lanes<P, M>(panel, next, x + m * stride, stride, size, out + m * LINEAR_ROWS);
-    for (; m + 2 <= tokens; m += 2)
-        Form::template lanes<P, 2>(panel, next, x + m * stride, stride, size, out + m * LINEAR_ROWS);
-    if (m < tokens) Form::template lanes<P, 1>(panel, next, x + m * stride, stride, size, out + m * LINEAR_ROWS);
-}
-template <class Form>
-inline void panels_of(const int8_t* x, int64_t stride, int64_t tokens, const Weights& w, int64_t first, int64_t count,
-                      float* sums, int8_t* room) {
-    auto* panel = reinterpret_cast<uint8_t*>(room);
-    int64_t next = Form::room(w.size) / 2;
-    for (int64_t n = 0; n < count; n += 32) {
-        Form::turn(w, first + n, least(16, count - n), panel);
-        if (count - n > 16) {
-            Form::turn(w, first + n + 16, least(16, count - n - 16), panel + next);
-            panels<Form, 2>(panel, next, x, stride, tokens, w.size, sums + n);
-        } else {
-            panels<Form, 1>(panel, next, x, stride, tokens, w.size, sums + n);
-        }
-    }
-}
-
 // 8 bits, one scale for a row. A token: 64 bytes that the accumulators start from, then its numbers.
 struct Bytes {
     static constexpr bool scale_rows = true;
     static constexpr int64_t ahead = 2 * LINEAR_AHEAD;
-    static constexpr int tokens_at_once = 8;
     static inline int64_t bytes(int64_t size) { return 64 + padded(size); }
-    static inline int64_t room(int64_t size) { return 32 * padded(size); }
+    static inline int64_t room(int64_t size) { return padded(size); }
     static inline void arrange(const int8_t* plain, int64_t size, int8_t* to) {
         __m512i start = _mm512_setzero_si512();
         for (int64_t k = 0; k < padded(size); k += 64) {
@@ -164,47 +109,9 @@ struct Bytes {
         }
         spread<R, M>(_mm512_cvtepi32_ps(sums_of(a)), out, stride_out);
     }
-    // For many tokens: 16 rows turned so that a lane is a row, 4 inputs of each at a time; then no sums over lanes are
-    // left to make. Turning costs as the row is long, and saves the sums at its end: `products` has when it pays.
-    static inline void turn(const Weights& w, int64_t first, int64_t count, uint8_t* panel) {
-        const uint8_t* q[16];
-        for (int r = 0; r < 16; r++) q[r] = w.q + (first + least(r, count - 1)) * w.stride;
-        int64_t ahead = count == 16 ? LINEAR_AHEAD * w.stride : 0;
-        for (int64_t k = 0; k < w.size; k += 64) {
-            __mmask64 mask = w.size - k >= 64 ? ~0ull : (1ull << (w.size - k)) - 1;
-            __m512i a[16];
-            for (int r = 0; r < 16; r++) {
-                _mm_prefetch(reinterpret_cast<const char*>(q[r] + k + ahead), _MM_HINT_T1);
-                a[r] = _mm512_xor_si512(_mm512_maskz_loadu_epi8(mask, q[r] + k), _mm512_set1_epi8(-128));
-            }
-            turn_words(a, panel + k * 16);
-        }
-    }
-    // P panels with M tokens.
-    template <int P, int M>
-    static inline void lanes(const uint8_t* panel, int64_t next, const int8_t* x, int64_t stride, int64_t size,
-                                float* out) {
-        __m512i a[M][P];
-        for (int m = 0; m < M; m++) {
-            __m512i start = _mm512_set1_epi32(_mm512_reduce_add_epi32(_mm512_loadu_si512(x + m * stride)));
-            for (int p = 0; p < P; p++) a[m][p] = start;
-        }
-        x += 64;
-        for (int64_t k = 0; k < size; k += 4) {
-            __m512i v[P];
-            for (int p = 0; p < P; p++) v[p] = _mm512_loadu_si512(panel + p * next + k * 16);
-            for (int m = 0; m < M; m++) {
-                __m512i y = word_of(x + m * stride + k);
-                for (int p = 0; p < P; p++) a[m][p] = _mm512_dpbusd_epi32(a[m][p], v[p], y);
-            }
-        }
-        for (int m = 0; m < M; m++)
-            for (int p = 0; p < P; p++) _mm512_storeu_ps(out + m * LINEAR_ROWS + 16 * p, _mm512_cvtepi32_ps(a[m][p]));
-    }
     static inline void products(const int8_t* x, int64_t stride, int64_t tokens, const Weights& w, int64_t first,
-                                int64_t count, float* sums, int8_t* room) {
-        if (tokens >= most(12, w.size / 48)) panels_of<Bytes>(x, stride, tokens, w, first, count, sums, room);
-        else tile_of<Bytes>(x, stride, tokens, w, first, count, sums);
+                                int64_t count, float* sums, int8_t*) {
+        tile_of<Bytes>(x, stride, tokens, w, first, count, sums);
     }
 };
 
@@ -276,75 +183,8 @@ struct Nibbles {
             step<rows, R, M, false>(q + r, scale + r, k, size - k, ahead, x, stride, a + r);
         spread<R, M>(sums(a).v, out, stride_out);
     }
-    // As of 8 bits: for every 128 inputs the words of the even ones, then those of the odd ones; after all, the scales.
-    static inline void turn(const Weights& w, int64_t first, int64_t count, uint8_t* panel) {
-        const uint8_t* q[16];
-        const float* scale[16];
-        for (int r = 0; r < 16; r++) {
-            int64_t row = first + least(r, count - 1);
-            q[r] = w.q + row * w.stride;
-            scale[r] = w.scale + row * w.groups;
-        }
-        int64_t near = count == 16 ? LINEAR_AHEAD * w.stride : 0;
-        __m512i lows = _mm512_set1_epi8(15), a[16], high[16];
-        for (int64_t k = 0; k < w.size; k += 128) {
-            __mmask64 mask = w.size - k >= 128 ? ~0ull : (1ull << (w.size - k) / 2) - 1;
-            for (int r = 0; r < 16; r++) {
-                _mm_prefetch(reinterpret_cast<const char*>(q[r] + k / 2 + near), _MM_HINT_T1);
-                __m512i v = _mm512_maskz_loadu_epi8(mask, q[r] + k / 2);
-                a[r] = _mm512_and_si512(v, lows);
-                high[r] = _mm512_and_si512(_mm512_srli_epi16(v, 4), lows);
-            }
-            turn_words(a, panel + k * 16);
-            turn_words(high, panel + k * 16 + 1024);
-        }
-        auto* to = reinterpret_cast<float*>(panel + 16 * padded(w.size));
-        for (int64_t g = 0; g < w.groups; g++)
-            for (int r = 0; r < 16; r++) *to++ = scale[r][g];
-    }
-    template <int P, int M>
-    static inline void lanes(const uint8_t* panel, int64_t next, const int8_t* x, int64_t stride, int64_t size,
-                             float* out) {
-        __m512 total[M][P];
-        for (int m = 0; m < M; m++)
-            for (int p = 0; p < P; p++) total[m][p] = _mm512_setzero_ps();
-        const uint8_t* scales = panel + 16 * padded(size);
-        for (int64_t k = 0; k < size; k += 32, scales += 64) {
-            const int8_t* y = x + k / 128 * 192 + k % 128 / 2;
-            const uint8_t* from = panel + k / 128 * 2048 + k % 128 * 8;
-            __m512i a[M][P];
-            for (int m = 0; m < M; m++)
-                for (int p = 0; p < P; p++) a[m][p] = word_of(y + m * stride);
-            for (int i = 0; i < 8; i++) {
-                __m512i v[P];
-                for (int p = 0; p < P; p++)
-                    v[p] = _mm512_loadu_si512(from + p * next + i / 4 * 1024 + i % 4 * 64);
-                for (int m = 0; m < M; m++) {
-                    __m512i four = word_of(y + m * stride + 64 + i / 4 * 64 + i % 4 * 4);
-                    for (int p = 0; p < P; p++) a[m][p] = _mm512_dpbusd_epi32(a[m][p], v[p], four);
-                }
-            }
-            for (int p = 0; p < P; p++) {
-                __m512 by = _mm512_loadu_ps(scales + p * next);
-                for (int m = 0; m < M; m++)
-                    total[m][p] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(a[m][p]), by, total[m][p]);
-            }
-        }
-        for (int m = 0; m < M; m++)
-            for (int p = 0; p < P; p++) _mm512_storeu_ps(out + m * LINEAR_ROWS + 16 * p, total[m][p]);
-    }
     static inline void products(const int8_t* x, int64_t stride, int64_t tokens, const Weights& w, int64_t first,
-                                int64_t count, float* sums, int8_t* room) {
-        if (tokens >= most(6, w.size / 96)) panels_of<Nibbles>(x, stride, tokens, w, first, count, sums, room);
-        else tile_of<Nibbles>(x, stride, tokens, w, first, count, sums);
+                                int64_t count, float* sums, int8_t*) {
+        tile_of<Nibbles>(x, stride, tokens, w, first, count, sums);
     }
 };
-
-void linear_q(const qr_op& op, Context& c) {
-    if (op.i[9] && op.i[7] == 8 && op.i[8] == op.i[2]) linear_integers_of<Bytes>(op, c);
-    else if (op.i[9] && op.i[7] == 4 && op.i[8] == 32) linear_integers_of<Nibbles>(op, c);
-    else if (op.i[9]) linear_integers_of<Plain>(op, c);
-    else if (type_a(op) != QR_BF16) linear_floats_of(op, c);
-    else if (type_c(op) == QR_F32) linear_floats<bf16, float, bf16>(op, c);
-    else linear_floats<bf16, bf16, bf16>(op, c);
-}
