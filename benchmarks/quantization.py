@@ -1,5 +1,6 @@
-"""The error that quantization of weights at load or of the KV cache makes, on the bundled model's held-out text: perplexity, KL divergence of the
-logits from those of bfloat16, share of positions with the same likeliest token, and the size of the weights.
+"""The error that quantizing the weights or the KV cache makes, on the bundled model's held-out text: perplexity, KL
+divergence of the logits from those of bfloat16, share of positions with the same likeliest token, and the size of the
+weights.
 
     python benchmarks/quantization.py [--items 100]
 

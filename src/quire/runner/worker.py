@@ -28,7 +28,6 @@ from quire.types.errors import ClientError
 from quire.types.kv import KVGroup
 from quire.types.plan import Plan, StepResult
 
-
 KV_DTYPES = DTYPES | {"int8": torch.int8}
 
 
