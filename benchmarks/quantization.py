@@ -21,7 +21,7 @@ from quire import LLM, SamplingParams
 from quire.types.request import Request
 
 HELDOUT = Path(__file__).parents[1] / "tests" / "data" / "demo_heldout.jsonl"
-METHODS = (
+METHODS: tuple[dict[str, Any], ...] = (
     {},
     *({"quantization": name} for name in ("int8", "int8_weight_only", "int4", "int4_weight_only")),
     {"kv_cache_dtype": "int8"},
