@@ -277,7 +277,7 @@ template <class T, class C> void attention_rows(const qr_op& op, Context& c) {
             if (first < last) {
                 look_up<C>(r, op, tables + cut * op.i[6], first, last, decode);
                 Coming own = coming(cut, first, last, h, end - h);
-                own.ask(2 * W);
+                own.ask(CHUNK);  // all of it: nothing before it could be used to ask ahead
                 for (int64_t n = h; n < end; n++) piece(cut, first, last, n, own, W, to);
             }
             for (int64_t n = h * r.group; alone && n < end * r.group; n++) finish(to, cut, n);
