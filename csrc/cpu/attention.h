@@ -8,6 +8,7 @@
 constexpr int64_t CHUNK = 128;       // keys of a piece of a decode row: two pieces of all heads fit the L2 cache
 constexpr int64_t TILE_ROWS = 128;   // query tokens x heads of a prefill tile
 constexpr int64_t TILE_KEYS = 64;    // keys of a block of a prefill tile
+constexpr int64_t SPLIT_CHUNKS = 1024;  // of split rows: each has a place in shared memory, 4 KiB for 8 heads of 128
 constexpr float NEVER = -__builtin_inff();
 
 // A cache of bytes: a row of `size` whole numbers, filled up to fours, then the float32 that they are to be multiplied by.
@@ -156,27 +157,28 @@ template <class T, class C, class... Rest> void prefill(const Rules& r, Rest... 
     prefill_tile<T, C>(r, rest...);
 }
 
-
 // How the decode rows are shared out. A row is split where it alone would keep a thread busy when the others have
 // nothing left to do: its pieces are (chunk, KV head) or whole chunks, each with a place in shared memory, merged at the
-// end. All others go in runs of rows: the next row is then the one that this thread asked for.
+// end. No row is split any more once SPLIT_CHUNKS are there. All others go in runs of rows: the next row is then the one that this thread asked for.
 struct Sharing {
     const int32_t* lengths;
-    int64_t window, rows, fair, heads;  // rows of more chunks than `fair` are split; KV heads that a piece is split by
+    // Rows of more chunks than `fair` are split, those in front of `until`; KV heads that a piece is split by.
+    int64_t window, rows, fair, until, heads;
     int64_t pieces = 0, run = 1, runs = 0;
     bool merging = false;
 
     inline int64_t begin(int64_t row) const { return most(0, lengths[row] - window) / CHUNK; }
     inline int64_t chunks(int64_t row) const { return most(1, ceil_div(lengths[row], CHUNK) - begin(row)); }
-    inline bool split(int64_t row) const { return chunks(row) > fair; }
+    inline bool split(int64_t row) const { return row < until && chunks(row) > fair; }
     inline Sharing(const int32_t* lengths, int64_t window, int64_t rows, int64_t kv_heads, int threads)
-        : lengths(lengths), window(window), rows(rows), fair(INT64_MAX), heads(1) {
+        : lengths(lengths), window(window), rows(rows), fair(INT64_MAX), until(rows), heads(1) {
         int64_t total = 0, whole = 0, cut = 0;
         for (int64_t row = 0; row < rows; row++) total += chunks(row);
         if (threads > 1) fair = rows < 4 * threads ? 0 : most(1, total / (4 * threads));
         for (int64_t row = 0; row < rows; row++) {
             if (split(row)) cut += chunks(row), merging |= chunks(row) > 1;
             else whole++;
+            if (cut >= SPLIT_CHUNKS) until = least(until, row + 1);
         }
         if (cut < 16 * threads) heads = kv_heads;
         pieces = cut * heads;

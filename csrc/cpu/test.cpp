@@ -43,13 +43,13 @@ template <class T> struct Buffer {
 template <class T> constexpr int type_of = __is_same(T, float) ? QR_F32 : __is_same(T, bf16) ? QR_BF16 : QR_F16;
 template <class T> constexpr double bound = __is_same(T, float) ? 1e-4 : __is_same(T, bf16) ? 1.2e-2 : 2e-3;
 
-template <class T> void check(const char* what, const Buffer<T>& got, const std::vector<double>& expected) {
+template <class T, class Of = T> void check(const char* what, const Buffer<T>& got, const std::vector<double>& expected) {
     double error = 0;
     for (size_t i = 0; i < expected.size(); i++) {
         double off = std::fabs(got[int64_t(i)] - expected[i]) / std::fmax(1.0, std::fabs(expected[i]));
         error = off > error || off != off ? off : error;
     }
-    expect(error <= bound<T>, what, error);
+    expect(error <= bound<Of>, what, error);
 }
 
 template <class T> void test_linear(qr_pool* pool, int64_t m, int64_t n, int64_t k, bool gated) {
@@ -73,13 +73,18 @@ template <class T> void test_linear(qr_pool* pool, int64_t m, int64_t n, int64_t
     check("linear", y, expected);
 }
 
-template <class T> void test_quantized(qr_pool* pool, int64_t m, int64_t n, int64_t k, int64_t group, int64_t bits,
-                                       bool dynamic) {
-    Buffer<T> x(m * k), bias(n), y(m * n);
-    Buffer<float> scales(n * (k / group)), rounded(m * k);
-    std::vector<uint8_t> q(size_t(n * k * bits / 8));
+// `C`: of the outputs.
+template <class T, class C = T>
+void test_quantized(qr_pool* pool, int64_t m, int64_t n, int64_t k, int64_t group, int64_t bits, bool dynamic,
+                    bool gated = false) {
+    int64_t rows = gated ? 2 * n : n;
+    Buffer<T> x(m * k), bias(rows);
+    Buffer<C> y(m * n);
+    Buffer<float> scales(rows * (k / group)), rounded(k);
+    std::vector<uint8_t> q(size_t(rows * k * bits / 8));
     for (auto& byte : q) byte = uint8_t(draw(0, 255));
-    qr_op op{QR_LINEAR_Q, QR_TYPES(type_of<T>, 0, type_of<T>), {x.at(), q.data(), bias.at(), y.at(), nullptr, scales.at()},
+    qr_op op{QR_LINEAR_Q, QR_TYPES(type_of<T>, 0, type_of<C>) | (gated ? QR_GATED | QR_KIND(QR_SILU) : 0),
+             {x.at(), q.data(), bias.at(), y.at(), nullptr, scales.at()},
              {m, n, k, k, k * bits / 8, n, 0, bits, group, dynamic}, {}};
     auto weight = [&](int64_t row, int64_t j) {
         int64_t at = row * k + j;
@@ -95,10 +100,14 @@ template <class T> void test_quantized(qr_pool* pool, int64_t m, int64_t n, int6
         for (int64_t j = 0; j < k; j++)
             rounded.data[size_t(j)] =
                 dynamic ? std::nearbyint(float(x[i * k + j]) / scale) * scale : float(x[i * k + j]);
-        for (int64_t row = 0; row < n; row++) {
+        auto dot = [&](int64_t row) {
             double sum = bias[row];
             for (int64_t j = 0; j < k; j++) sum += rounded[j] * weight(row, j);
-            expected.push_back(sum);
+            return sum;
+        };
+        for (int64_t row = 0; row < n; row++) {
+            double r = dot(row);
+            expected.push_back(gated ? r / (1 + std::exp(-r)) * dot(n + row) : r);
         }
     }
     expect(qr_run(pool, &op, 1, nullptr) == 0, "run");
@@ -106,7 +115,7 @@ template <class T> void test_quantized(qr_pool* pool, int64_t m, int64_t n, int6
     for (double r : expected) largest = std::fmax(largest, std::fabs(r));
     for (size_t i = 0; i < expected.size(); i++) expected[i] /= largest;
     for (auto& r : y.data) from_float(float(to_float(r) / largest), r);
-    check("quantized linear", y, expected);
+    check<C, T>("quantized linear", y, expected);
 }
 
 template <class T> void test_norm(qr_pool* pool, int64_t t, int64_t d) {
@@ -284,6 +293,15 @@ template <class T> void test_type(qr_pool* pool) {
     test_quantized<T>(pool, 66, 5, 4160, 32, 4, true);
     test_quantized<T>(pool, 66, 5, 5000, 5000, 8, true);
     test_quantized<T>(pool, 3, 5, 5000, 5000, 8, false);
+    for (int64_t tokens : {3, 39})
+        for (int64_t bits : {4, 8})
+            for (bool dynamic : {false, true}) {
+                test_quantized<T>(pool, tokens, 70, 96, bits == 4 ? 32 : 96, bits, dynamic, true);
+                test_quantized<T, float>(pool, tokens, 70, 96, bits == 4 ? 32 : 96, bits, dynamic, tokens > 3);
+            }
+    // More tokens than are turned at a time, and some that are left to dot products.
+    test_linear<T>(pool, 66, 2, 30000, false);
+    test_quantized<T>(pool, 66, 2, 60000, 60000, 8, true);
     for (int64_t d : {1, 5, 16, 33, 64, 100}) {
         test_norm<T>(pool, draw(1, 9), d);
         test_small<T>(pool, draw(1, 9), d);
