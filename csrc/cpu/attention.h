@@ -8,7 +8,7 @@
 constexpr int64_t CHUNK = 128;       // keys of a piece of a decode row: two pieces of all heads fit the L2 cache
 constexpr int64_t TILE_ROWS = 128;   // query tokens x heads of a prefill tile
 constexpr int64_t TILE_KEYS = 64;    // keys of a block of a prefill tile
-constexpr int64_t SPLIT_CHUNKS = 1024;  // of split rows: each has a place in shared memory, 4 KiB for 8 heads of 128
+constexpr int64_t SPLIT_CHUNKS = 1024;  // of split rows: each has shared memory, 4 KiB for 8 heads of 128
 constexpr float NEVER = -__builtin_inff();
 
 // A cache of bytes: a row of `size` whole numbers, filled up to fours, then the float32 that they are to be multiplied by.
@@ -159,7 +159,8 @@ template <class T, class C, class... Rest> void prefill(const Rules& r, Rest... 
 
 // How the decode rows are shared out. A row is split where it alone would keep a thread busy when the others have
 // nothing left to do: its pieces are (chunk, KV head) or whole chunks, each with a place in shared memory, merged at the
-// end. No row is split any more once SPLIT_CHUNKS are there. All others go in runs of rows: the next row is then the one that this thread asked for.
+// end; once there are SPLIT_CHUNKS, no further row is split. All others go in runs of rows: the next row is then the
+// one that this thread asked for.
 struct Sharing {
     const int32_t* lengths;
     // Rows of more chunks than `fair` are split, those in front of `until`; KV heads that a piece is split by.
