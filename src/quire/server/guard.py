@@ -20,7 +20,7 @@ from quire.server.served import Served
 log = logging.getLogger("quire.access")
 
 OPEN = frozenset({"/health", "/ready", "/ping", *page.FILES})  # no key, and always an answer
-LIVE = frozenset({"/metrics", "/engine/stats", "/engine/blocks"})  # asked for again and again: no line in the log
+UNLOGGED = OPEN | {"/metrics", "/engine/stats", "/engine/blocks"}  # asked for again and again
 ADMIN = OPEN | {"/metrics", "/version", "/load", "/openapi.json", "/docs", "/redoc", "/v1/models"}
 
 
@@ -76,7 +76,7 @@ class Guard:
         route = scope.get("route")
         handler = getattr(route, "path", "none")
         self._served.metrics.answered(scope["method"], handler, status)
-        if self._served.args.disable_uvicorn_access_log or scope["path"] in OPEN | LIVE:
+        if self._served.args.disable_uvicorn_access_log or scope["path"] in UNLOGGED:
             return
         client = scope.get("client") or ("-", 0)
         log.info(
