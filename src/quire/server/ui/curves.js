@@ -3,6 +3,7 @@
 
 const $ = (id) => document.getElementById(id);
 const SPAN_S = 180;
+const SHORTEST_S = 30;
 const SMOOTH_S = 10; // over which latencies are taken: those of the requests that ended
 const NUMBER = new Intl.NumberFormat("en", { maximumSignificantDigits: 3 });
 const WHOLE = new Intl.NumberFormat("en", { maximumFractionDigits: 0 });
@@ -13,10 +14,10 @@ const percent = (value) => `${NUMBER.format(100 * value)} %`;
 const time = (value) => (value >= 1 ? `${NUMBER.format(value)} s` : `${NUMBER.format(1000 * value)} ms`);
 
 const CHARTS = {
-  rate: { title: "Throughput, tokens/s", lines: ["generated", "prompts"], show: rate },
+  rate: { title: "Tokens/s", lines: ["made", "read"], show: rate },
   queue: { title: "Sequences", lines: ["running", "waiting"], show: count },
   ttft: { title: "Time to first token", lines: ["mean", "p95"], show: time },
-  gap: { title: "Between two tokens", lines: ["mean", "p95"], show: time },
+  gap: { title: "Between tokens", lines: ["mean", "p95"], show: time },
   e2e: { title: "Whole request", lines: ["mean", "p95"], show: time },
   kv: { title: "KV blocks", lines: ["in use", "cached"], show: percent, top: 1 },
 };
@@ -102,6 +103,7 @@ class Chart {
     this.name = name;
     this.options = options;
     this.points = [];
+    this.span = SPAN_S;
     this.x = null; // where somebody points, 0 to 1
     const caption = document.createElement("figcaption");
     const list = document.createElement("ul");
@@ -144,7 +146,8 @@ class Chart {
     const all = points.flatMap((point) => point[name]).filter((value) => Number.isFinite(value));
     const top = options.top ?? nice(Math.max(...all, 0));
     const end = points.at(-1)?.time ?? 0;
-    const x = (point) => width * (1 - (end - point.time) / SPAN_S);
+    this.span = Math.min(SPAN_S, Math.max(SHORTEST_S, end - (points[0]?.time ?? end)));
+    const x = (point) => width * (1 - (end - point.time) / this.span);
     const y = (value) => height - 3 - (height - 16) * (value / top);
     this.grid(pen, ink, width, height, top, y);
     options.lines.forEach((_, i) => this.line(pen, points, i, x, y, ink(`curve-${i + 1}`), i === 1));
@@ -192,7 +195,7 @@ class Chart {
   tell(points, pen, x, height, ink) {
     let point = points.at(-1);
     if (this.x !== null && point) {
-      const time = point.time - SPAN_S * (1 - this.x);
+      const time = point.time - this.span * (1 - this.x);
       point = points.reduce((best, one) => (Math.abs(one.time - time) < Math.abs(best.time - time) ? one : best));
       pen.strokeStyle = ink;
       pen.lineWidth = 1;

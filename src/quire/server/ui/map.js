@@ -4,7 +4,8 @@
 const $ = (id) => document.getElementById(id);
 const NUMBER = new Intl.NumberFormat("en");
 const SMALLEST = 5; // px of a cell, with its gap
-const LARGEST = 22;
+const LARGEST = 30;
+const TALLEST = 260; // px of the map, as long as cells can be made smaller
 const WINDOW = 1024; // blocks shown when looking closer, and at the least
 const GOLDEN = 137.508;
 
@@ -227,9 +228,10 @@ export class BlockMap {
   draw() {
     const { canvas, cells } = this;
     const width = canvas.clientWidth;
-    const height = canvas.clientHeight;
     if (!width || !cells.length) return;
-    this.fit(width, height, cells.length);
+    this.fit(width, cells.length);
+    const height = Math.ceil(cells.length / this.columns) * this.size;
+    if (canvas.clientHeight !== height) canvas.style.height = `${height}px`;
     const ratio = devicePixelRatio || 1;
     if (canvas.width !== Math.round(width * ratio)) canvas.width = Math.round(width * ratio);
     if (canvas.height !== Math.round(height * ratio)) canvas.height = Math.round(height * ratio);
@@ -240,7 +242,7 @@ export class BlockMap {
     const ink = Object.fromEntries(
       ["free", "cached", "card", "ink", "mark", "accent"].map((name) => [name, style.getPropertyValue(`--${name}`).trim()]),
     );
-    pen.font = `600 ${Math.round(this.size * 0.5)}px system-ui, sans-serif`;
+    pen.font = `600 ${Math.min(12, Math.round(this.size * 0.6))}px system-ui, sans-serif`;
     pen.textAlign = "center";
     pen.textBaseline = "middle";
     cells.forEach((cell, i) => this.cell(pen, ink, cell, i));
@@ -249,10 +251,10 @@ export class BlockMap {
     canvas.dataset.cached = String(cells.reduce((sum, cell) => sum + cell.cached, 0));
   }
 
-  /** The largest cells with which all fit; the smallest where none do, on a canvas that grows. */
-  fit(width, height, count) {
+  /** The largest cells with which all fit; the smallest where none do. */
+  fit(width, count) {
     let size = LARGEST;
-    while (size > SMALLEST && Math.ceil(count / Math.floor(width / size)) * size > height) size--;
+    while (size > SMALLEST && Math.ceil(count / Math.floor(width / size)) * size > TALLEST) size--;
     this.size = size;
     this.columns = Math.max(1, Math.floor(width / size));
   }
@@ -269,7 +271,8 @@ export class BlockMap {
       pen.roundRect(x, y + top, side, tall, round);
       pen.fill();
     };
-    pen.globalAlpha = this.focus >= 0 && cell.owner !== this.focus ? 0.25 : 1;
+    const others = this.focus >= 0 && cell.owner !== this.focus && cell.holders < 2; // shared ones may be its own, too
+    pen.globalAlpha = others ? 0.25 : 1;
     pen.fillStyle = ink.free;
     box(0, side);
     const held = (side * cell.held) / blocks;
