@@ -101,7 +101,7 @@ class Browser:
 
     def until(self, script: str, seconds: float = 60) -> None:
         end = time.monotonic() + seconds
-        while not self.run(script):
+        while not self.run(f"!!({script})"):
             assert time.monotonic() < end, f"not within {seconds} s: {script}\n{self.run('document.body.innerText')}"
             time.sleep(0.03)
 
@@ -120,8 +120,8 @@ class Browser:
     def click(self, selector: str) -> None:
         """With the mouse, in its middle; it must be in sight."""
         box = self.run(
-            f"(() => {{ const e = document.querySelector({json.dumps(selector)}); e.scrollIntoView({{block: 'nearest'}});"
-            " const b = e.getBoundingClientRect(); return [b.x + b.width / 2, b.y + b.height / 2]; })()"
+            f"(() => {{ const e = document.querySelector({json.dumps(selector)});"
+            " e.scrollIntoView({block: 'nearest'}); const b = e.getBoundingClientRect(); return [b.x + b.width / 2, b.y + b.height / 2]; })()"
         )
         for kind in ("mousePressed", "mouseReleased"):
             self.send("Input.dispatchMouseEvent", type=kind, x=box[0], y=box[1], button="left", clickCount=1)

@@ -228,7 +228,7 @@ class Scheduler:
         )
 
     def block_map(self, first: int = 0, count: int = 0, cells: int = MAX_CELLS) -> BlockMap:
-        """Who holds the blocks `first .. first+count-1` (a count of 0: all from `first` on), in at most `cells` cells."""
+        """Who holds the blocks `first .. first+count-1` (count 0: all from `first` on), in at most `cells` cells."""
         return block_map(self._state, first, count, cells)
 
     def check(self) -> None:

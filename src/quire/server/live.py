@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from fastapi import FastAPI, Query
 from pydantic import BaseModel
@@ -119,41 +119,51 @@ class BlockMaps:
         self._served = served
         self._turn = asyncio.Lock()
         self._waiting = 0
-        self._known: dict[tuple[int, int], bytes] = {}  # since the engine was asked last
-        self._next = 0.0  # when it may be asked again
+        self._known: dict[tuple[int, int], _Made] = {}
+        self._next = 0.0  # when the engine may be asked again
 
     async def get(self, first: int, count: int) -> bytes:
         """As JSON. Raises `ApiError`, `EngineError`."""
-        key = (first, count)
-        if (found := self._fresh(key)) is not None:
+        key, since = (first, count), time.monotonic()
+        if (found := self._good(key, since)) is not None:
             return found
         if self._waiting >= CROWD:
             raise ApiError(429, "too many ask for the map of blocks at once", "too_many_maps", retry_s=1)
         self._waiting += 1
         try:
             async with self._turn:
-                if (found := self._fresh(key)) is not None:
+                if (found := self._good(key, since)) is not None:
                     return found
                 await asyncio.sleep(self._next - time.monotonic())
                 return await self._ask(key)
         finally:
             self._waiting -= 1
 
-    def _fresh(self, key: tuple[int, int]) -> bytes | None:
-        return self._known.get(key) if time.monotonic() < self._next else None
+    def _good(self, key: tuple[int, int], since: float) -> bytes | None:
+        """A map that is still good, or that was made while somebody waited for it."""
+        made = self._known.get(key)
+        return made.data if made is not None and (made.until > time.monotonic() or made.begun >= since) else None
 
     async def _ask(self, key: tuple[int, int]) -> bytes:
-        client = self._served.client
+        client, begun = self._served.client, time.monotonic()
         answer = self._served.engine.post(lambda: client.ask("block_map", *key))
         try:
             async with asyncio.timeout(PATIENCE_S):
-                made = await asyncio.wrap_future(await answer)
+                found = await asyncio.wrap_future(await answer)
         except TimeoutError:
             raise unavailable("the engine does not answer", "engine_stalled") from None
-        data = encode(made)
-        self._known = {key: data}
-        self._next = time.monotonic() + max(LEAST_S, made["seconds"] / SHARE)
-        return data
+        self._next = time.monotonic() + max(LEAST_S, found["seconds"] / SHARE)
+        self._known.pop(key, None)
+        self._known[key] = made = _Made(encode(found), begun, self._next)
+        if len(self._known) > CROWD:
+            del self._known[next(iter(self._known))]
+        return made.data
+
+
+class _Made(NamedTuple):
+    data: bytes
+    begun: float  # when the engine was asked for it
+    until: float  # when it is out of date
 
 
 def stats(served: Served) -> dict[str, Any]:
