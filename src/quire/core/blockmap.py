@@ -1,7 +1,7 @@
 """The map of KV blocks: who holds what, for people to look at.
 
-Owns nothing: reads the books of the core when somebody asks, at a cost that grows with the pages in use. What it answers
-is bounded, however large the pool is: a window of it, in cells of one block or of several.
+Owns nothing: reads the books of the core when somebody asks, at a cost that grows with the pages in use. What it
+answers is bounded, however large the pool is: a window of it, in cells of one block or of several.
 """
 
 from __future__ import annotations
