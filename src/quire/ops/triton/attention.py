@@ -8,7 +8,6 @@ run and the device decides.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -76,16 +75,34 @@ def _multiprocessors(device: torch.device) -> int:
 
 
 class Launch:
-    """One kernel with all that stays the same over the layers of a step. The first call goes through Triton's front
-    end, the others straight to what it compiled: a tenth of the time on the host."""
+    """A kernel with what stays the same over the layers of a step: programs, fixed buffers and constants. The first call
+    goes through Triton's front end, the others straight to what it compiled, in a fraction of the host's time."""
 
-    def __init__(self, kernel: Any, programs: int, constants: dict[str, Any], **options: Any) -> None:
-        self._kernel, self._programs, self._constants, self._options = kernel, programs, constants, options
+    def __init__(
+        self, kernel: Any, programs: int, fixed: tuple[Tensor, ...], constants: dict[str, Any], **options: Any
+    ) -> None:
+        self._kernel, self._programs, self._fixed = kernel, programs, fixed
+        self._constants, self._options = constants, options
         self._compiled: Any = None
-        self._tail = tuple(constants.values())
 
-    def __call__(self, *args: Any) -> None:
-        self._kernel[(self._programs,)](*args, **self._constants, **self._options)
+    def __call__(self, tensors: tuple[Tensor, ...], numbers: tuple[float, ...]) -> None:
+        """`tensors` differ from layer to layer, but not in shape; they come first, then the fixed ones, then numbers."""
+        if self._compiled is None:
+            self._compiled = self._kernel[(self._programs,)](
+                *tensors, *self._fixed, *numbers, **self._constants, **self._options
+            )
+            self._addresses = tuple(tensor.data_ptr() for tensor in self._fixed)
+            self._device = tensors[0].device.index
+            return
+        kernel = self._compiled
+        addresses = [tensor.data_ptr() for tensor in tensors]
+        if any(address % 16 for address in addresses):  # was compiled for aligned ones
+            self._compiled = None
+            return self(tensors, numbers)
+        kernel.run(
+            self._programs, 1, 1, torch._C._cuda_getCurrentRawStream(self._device), kernel.function,
+            kernel.packed_metadata, None, None, None, *addresses, *self._addresses, *numbers, *self._constants.values(),
+        )  # fmt: skip
 
 
 class Step:
@@ -133,6 +150,7 @@ class Step:
             self.split = Launch(
                 split_attention,
                 min(items * kv_heads, units * shape.programs),
+                (self.items, self.head, self.arrived, self.parts, self.tops),
                 {
                     **common, "BQ": queries, "M": max(16, triton.next_power_of_2(own)),
                     "ROWS": triton.next_power_of_2(own), "TILE": shape.tile, "STAGES": shape.stages,
@@ -156,24 +174,21 @@ class Step:
                 meta.cu_q, meta.lengths_R, self.tile_items, self.tile_head, self.rows, few + 1, BQ=queries, num_warps=4
             )
             self.tiles = Launch(
-                tile_attention, programs, {**common, "M": height, "N": shape.keys, "STAGES": shape.stages},
-                num_warps=shape.warps, maxnreg=shape.registers,
+                tile_attention, programs, (self.tile_items, self.tile_head),
+                {**common, "M": height, "N": shape.keys, "STAGES": shape.stages}, num_warps=shape.warps, maxnreg=shape.registers,
             )  # fmt: skip
 
     def run(
         self, q_THE: Tensor, kv: Tensor, group: GroupMeta, out_THE: Tensor, scale: float, softcap: float, slopes: Tensor
     ) -> None:
-        strides = (kv.stride(0), q_THE.stride(0), q_THE.stride(1), group.block_tables_RP.stride(0))
-        rule = (scale, softcap, self.window)
+        tensors = (q_THE, kv, group.block_tables_RP, slopes, out_THE)
+        numbers = (
+            kv.stride(0), q_THE.stride(0), q_THE.stride(1), group.block_tables_RP.stride(0), scale, softcap, self.window
+        )  # fmt: skip
         if self.split is not None:
-            self.split(
-                q_THE, kv, group.block_tables_RP, slopes, out_THE, self.items, self.head, self.arrived, self.parts,
-                self.tops, *strides, *rule,
-            )  # fmt: skip
+            self.split(tensors, numbers)
         if self.tiles is not None:
-            self.tiles(
-                q_THE, kv, group.block_tables_RP, slopes, out_THE, self.tile_items, self.tile_head, *strides, *rule
-            )
+            self.tiles(tensors, numbers)
 
 
 def attention(
