@@ -46,9 +46,8 @@ def _decode_batch(
         tl.store(tables_out + i.to(tl.int64) * width + at_C, pages_C, mask=inside)
     if index >= 0:
         tl.store(own + index, page)
-    if final:
-        if live:
-            tl.store(length + row, at + 1)
+    if final & live:
+        tl.store(length + row, at + 1)
 
 
 def decode_batch(inputs: Tensor, rows: Rows, out: DecodeBuffers) -> None:
@@ -57,5 +56,5 @@ def decode_batch(inputs: Tensor, rows: Rows, out: DecodeBuffers) -> None:
         _decode_batch[(count,)](
             inputs, inputs[2 + 2 * g], rows.last_X, rows.length_X, rows.offset_X, pages_XP,
             out.rows_B, out.tokens_B, out.positions_B, out.lengths_B, slots_B, tables_BP,
-            count, pages_XP.shape[1], rows.block_size, g == 0, g == groups - 1, 256, num_warps=1,
+            count, pages_XP.shape[1], rows.block_size, g == 0, g == groups - 1, 256, num_warps=1,  # type: ignore
         )  # fmt: skip
