@@ -1,4 +1,4 @@
-"""Where the Triton kernels run: on the GPU where there is one, else through Triton's interpreter on the CPU."""
+"""Triton's kernels on a GPU where there is one, else through Triton's interpreter on the CPU."""
 
 from __future__ import annotations
 
@@ -11,6 +11,6 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture
 def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,0 +1,26 @@
+"""Why a case cannot be served by Triton. Owns the reasons; imports no Triton."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from quire.ops.dispatch import Case
+from quire.utils.optional import available
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def interpreted() -> bool:
+    """Whether Triton runs its kernels in Python, on any device."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def refusal(case: Case) -> str | None:
+    """Why no kernel of this package can serve a case."""
+    if case.device.type != "cuda" and not interpreted():
+        return f"runs on a GPU, not on {case.device.type}"
+    if case.dtype not in DTYPES:
+        return f"has no kernels for {str(case.dtype).removeprefix('torch.')}"
+    return None if available("triton") else "triton is not installed"
