@@ -8,11 +8,13 @@ from torch import Tensor
 
 from quire.ops import activation as activations
 from quire.ops import cache as caches
+from quire.ops import heads as references
 from quire.ops import linear as linears
 from quire.ops import norm as norms
-from quire.ops.rotary import rotary
+from quire.ops.dispatch import Binder
 from quire.ops.triton import activation, cache, embedding, heads, norm
 from quire.ops.triton.launch import INTERPRETED
+from quire.types.errors import ClientError
 
 # numpy tells of an exponential beyond float32, which a GPU and these formulas take for infinity.
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning")
@@ -57,8 +59,13 @@ def test_norm_of_heads_and_of_nothing(device: torch.device) -> None:
     x, weight = torch.randn(3, 4, 3, 16, device=device)[:, :, 1], torch.randn(16, device=device)
     check(norm.rms_norm(x, None, weight, 1e-6)[0], norms.rms_norm(x, None, weight, 1e-6)[0], 4)
     assert norm.rms_norm(x[:0], None, weight, 1e-6)[0].shape == (0, 4, 16)
-    with pytest.raises(ValueError, match="16385"):
-        norm.rms_norm(torch.zeros(1, 16385, device=device), None, torch.zeros(16385, device=device), 1e-6)
+
+
+def test_norms_wider_than_a_program_are_refused(device: torch.device) -> None:
+    binder = Binder(device, torch.bfloat16, {"rms_norm": "triton"})
+    assert binder.bind(norms.RMS_NORM, size=16384) is norm.rms_norm
+    with pytest.raises(ClientError, match="16384 features at most, not 16385"):
+        binder.bind(norms.RMS_NORM, size=16385)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -87,21 +94,6 @@ def test_embedding(device: torch.device, dtype: torch.dtype, size: int) -> None:
     check_sum(embedding.embedding(ids, table, 2, added), linears.embedding(ids, table, 2, added))
 
 
-def turned(
-    q: Tensor, k: Tensor, v: Tensor, kv: Tensor, slots: Tensor, positions: Tensor | None, table: Tensor | None,
-    q_norm: Tensor | None, k_norm: Tensor | None, eps: float,
-) -> Tensor:  # fmt: skip
-    """`heads` by the references of its parts."""
-    if q_norm is not None:
-        q = norms.rms_norm(q, None, q_norm, eps)[0]
-    if k_norm is not None:
-        k = norms.rms_norm(k, None, k_norm, eps)[0]
-    if table is not None and positions is not None:
-        q, k = rotary(q, k, table, positions)
-    caches.write_kv(k, v, kv, slots)
-    return q
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("query_heads", "kv_heads", "size", "angles", "normed"),
@@ -123,12 +115,20 @@ def test_heads(
     table = torch.randn(2, 12, angles, device=device) if angles else None
     weights = list(torch.randn(2, size, device=device).to(dtype)) if normed else [None, None]
     rest = (positions if angles else None, table, *weights, 1e-6)
-    expected = turned(q, k, v, expected_kv, slots, *rest)
+    expected = references.heads(q, k, v, expected_kv, slots, *rest)
     got = heads.heads(q, k, v, kv, slots, *rest)
     assert got.is_contiguous()
     check(got, expected, 8)
     check(kv, expected_kv, 8, dtype)
     assert torch.equal(kv[1], expected_kv[1])
+
+
+def test_heads_of_a_cache_in_int8(device: torch.device) -> None:
+    q, k, v = (torch.randn(3, 2, 16, device=device) for _ in range(3))
+    kv = torch.zeros(2, 2, 4, 2, caches.row_size(16, torch.int8), dtype=torch.int8, device=device)
+    expected_kv, slots = kv.clone(), torch.tensor([1, 5, 7], device=device)
+    assert torch.equal(heads.heads(q, k, v, kv, slots), references.heads(q, k, v, expected_kv, slots))
+    assert torch.equal(kv, expected_kv)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.int8])

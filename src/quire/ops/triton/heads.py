@@ -3,7 +3,7 @@
 
 Owns: the kernel of `heads`. A program turns a few heads of one token: of the queries, of the keys or of the values, all
 three read in place (views into one matrix). Rounds where the references round: each norm twice, the turned number, and
-then to the cache's type.
+then to the cache's type. Rows in int8 are left to the reference.
 Shape legend: T tokens, L rows of the table, H query heads, K KV heads, E head size, F = rotary_dim / 2.
 """
 
@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from quire.ops import heads as reference
 from quire.ops.triton.launch import Kernel, ceil, power, release, wait
 
 # Numbers of a program's heads.
@@ -32,6 +33,8 @@ def heads(
     k_norm_E: Tensor | None = None,
     eps: float = 0.0,
 ) -> Tensor:
+    if kv.dtype == torch.int8:
+        return reference.heads(q_THE, k_TKE, v_TKE, kv, slots_T, positions_T, table_2LF, q_norm_E, k_norm_E, eps)
     tokens, query_heads, size = q_THE.shape
     kv_heads = k_TKE.shape[1]
     q_THE, k_TKE, v_TKE = (x if x.stride(2) == 1 else x.contiguous() for x in (q_THE, k_TKE, v_TKE))

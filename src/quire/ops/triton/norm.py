@@ -14,9 +14,6 @@ from torch import Tensor
 
 from quire.ops.triton.launch import Kernel, power, release, wait
 
-# Features of a token that one program holds in registers at most.
-WIDEST = 16384
-
 
 def rms_norm(x_TD: Tensor, residual_TD: Tensor | None, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return _norm(x_TD, residual_TD, weight_D, None, eps, False)
@@ -32,8 +29,6 @@ def _norm(
     x: Tensor, residual: Tensor | None, weight_D: Tensor | None, bias_D: Tensor | None, eps: float, center: bool
 ) -> tuple[Tensor, Tensor]:
     size = x.shape[-1]
-    if size > WIDEST:
-        raise ValueError(f"norms of {size} features have no Triton kernel, the most is {WIDEST}")
     x_TD = x if x.dim() == 2 and x.stride(1) == 1 else x.reshape(-1, size)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     total = x if residual is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
