@@ -69,4 +69,4 @@ def test_sizes() -> None:
         assert found == sorted(set(found)) and found[-1] == most
         for count in range(1, most + 1):
             served = next(size for size in found if size >= count)
-            assert served - count <= max(1, count // 8) or served <= 8
+            assert served - count < max(8, count // 4)
