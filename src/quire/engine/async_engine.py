@@ -351,10 +351,14 @@ class AsyncLLM:
             self._unadded -= 1
         try:
             self._engine.add(draft, stream.id, priority, stream.name)
-        except QuireError as e:  # the core refused it: say, a pool too small for its prompt
+        except Exception as e:  # the core refused it: say, a pool too small for its prompt
+            error = e
+            if not isinstance(e, QuireError):
+                logger.exception("request %s cannot be given to the engine", stream.name)
+                error = EngineError(f"the request cannot be given to the engine: {type(e).__name__}: {e}")
             with self._wake:
                 self._streams.pop(stream.name, None)
-            self._hand_over(stream.box.loop, [(stream, e)])
+            self._hand_over(stream.box.loop, [(stream, error)])
 
     def _abort(self, stream: Stream) -> None:
         if self._streams.get(stream.name) is stream:  # else it has ended meanwhile, and the name may be another's

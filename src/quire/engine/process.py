@@ -111,15 +111,18 @@ class ProcessClient:
     def add(self, request: Request) -> None:
         if not self._live:
             self.progress = time.monotonic()
-        live = _Live(request)
+        try:  # also while there is nobody to send it to: what cannot be sent must not come up when somebody is
+            data = wire.encode(wire.Add(request))
+        except NotImplementedError as error:
+            text = f"logits_processors of a request cannot be sent to another process ({error}): name the class in"
+            raise ClientError(f"{text} the engine's logits_processors", "logits_processors") from error
+        except (TypeError, ValueError, OverflowError, RecursionError) as error:
+            text = f"extra_args cannot be sent to the engine's process: {error}"
+            raise ClientError(text, "extra_args") from error
         if self._ready:
-            try:
-                self._send(wire.Add(request))
-            except NotImplementedError as error:
-                text = f"logits_processors of a request cannot be sent to another process ({error}): name the class in"
-                raise ClientError(f"{text} the engine's logits_processors", "logits_processors") from error
+            self._socket.send(data)
             self._sent += 1
-        self._live[request.id] = live
+        self._live[request.id] = _Live(request)
 
     def abort(self, request_ids: list[str]) -> None:
         for name in request_ids:

@@ -6,13 +6,16 @@ Owns: which function answers which path, and that every error has OpenAI's shape
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Coroutine
 from functools import partial
 from typing import Any
 
+import msgspec
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
+from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 
 from quire.server import protocol
@@ -67,6 +70,7 @@ def build(served: Served) -> Any:
         redoc_url=None,
         root_path=served.args.root_path,
     )
+    app.router.route_class = _Route
     _errors(app)
     _generation(app, served)
     _models(app, served)
@@ -83,6 +87,26 @@ def build(served: Served) -> Any:
     return guarded
 
 
+class _Request(Request):
+    async def json(self) -> Any:
+        """The body, by a parser that is stricter than Python's: no NaN, no half of a surrogate pair (which could be
+        passed on to nobody), no nesting without end."""
+        try:
+            return msgspec.json.decode(await self.body())
+        except (msgspec.DecodeError, RecursionError) as error:
+            raise ApiError(400, f"the body is not JSON: {error}", "invalid_json") from error
+
+
+class _Route(APIRoute):
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handle = super().get_route_handler()
+
+        async def strict(request: Request) -> Response:
+            return await handle(_Request(request.scope, request.receive))
+
+        return strict
+
+
 def _errors(app: FastAPI) -> None:
     async def known(request: Request, error: Exception) -> Response:
         found = api_error(error)
@@ -93,9 +117,10 @@ def _errors(app: FastAPI) -> None:
     async def invalid(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
         first = error.errors()[0]
+        if isinstance(error.body, bytes):
+            text = "the body must be JSON and say so: send Content-Type: application/json"
+            return await known(request, ApiError(400, text, "invalid_content_type"))
         where = ".".join(str(part) for part in first["loc"] if part != "body")
-        if first["type"] == "json_invalid":
-            return await known(request, ApiError(400, f"the body is not JSON: {first['ctx']['error']}", "invalid_json"))
         text = f"{where}: {first['msg']}" if where else first["msg"]
         return await known(request, ApiError(400, text, "invalid_value", where.split(".")[0] or None))
 

@@ -35,9 +35,10 @@ async def chat(served: Served, body: ChatRequest, request: Request) -> Response:
     speech.demand(params)
     prompts: list[Any] = [{"prompt": prompt, "cache_salt": body.cache_salt} if body.cache_salt else prompt]
     drafts = await served.prepare(prompts, params, body.add_special_tokens)
+    talks = [speech.talk() for _ in range(params.n)]
     id = served.request_id("chatcmpl", body.request_id, request.headers.get("x-request-id"))
     run = Run(served, id, drafts, body.priority)
-    answer = _Answer(served, body, run, model, [speech.talk() for _ in range(params.n)], speech.named)
+    answer = _Answer(served, body, run, model, talks, speech.named)
     if body.stream:
         return EventStream(run, answer.frames())
     (output,) = await run.whole(request.receive)
@@ -82,6 +83,8 @@ def _logprobs(body: ChatRequest) -> int | None:
         if body.top_logprobs:
             raise ClientError("top_logprobs needs logprobs=true", "top_logprobs", body.top_logprobs)
         return None
+    if body.logprob_token_ids is not None and body.top_logprobs is None:
+        return None  # these are shown, instead of the likeliest
     top = body.top_logprobs or 0
     if top < 0:
         raise ClientError("top_logprobs must be at least 0", "top_logprobs", top)
@@ -137,7 +140,9 @@ class _Answer:
     def _lines(self, one: CompletionOutput) -> dict[str, Any] | None:
         if one.logprobs is None:
             return None
-        return logprobs.chat(one.logprobs, one.token_ids, self._body.top_logprobs or 0, self._as_id)
+        named = self._body.logprob_token_ids
+        top = len(named) if named is not None else self._body.top_logprobs or 0
+        return logprobs.chat(one.logprobs, one.token_ids, top, self._as_id)
 
     async def frames(self) -> AsyncGenerator[bytes]:
         options = self._body.stream_options

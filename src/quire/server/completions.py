@@ -71,9 +71,9 @@ class _Answer:
         self._n = params.n
         self._as_id = bool(body.return_tokens_as_token_ids)
         self._only_prompt = bool(body.echo) and body.max_tokens == 0
-        self._offsets = [0] * (self._n * len(run.drafts))
+        self._offsets: dict[int, int] = {}  # by choice
         self._prompt_lines: dict[int, Any] = {}  # a stream has them once, and each sample shows them
-        self._echoed = [not body.echo] * len(self._offsets)
+        self._echoed: set[int] = set()
         self._head = {"id": run.id, "object": "text_completion", "created": int(time.time()), "model": model}
 
     def whole(self, outputs: list[RequestOutput]) -> dict[str, Any]:
@@ -106,9 +106,8 @@ class _Answer:
         lines: list[Any] | None = None if one.logprobs is None else list(one.logprobs)
         if self._only_prompt:
             text, tokens, lines = "", [], None if lines is None else []
-        first = not self._echoed[index]
-        if first:
-            self._echoed[index] = True
+        if body.echo and index not in self._echoed:
+            self._echoed.add(index)
             text = self._prompt_text(prompt) + text
             if output.prompt_logprobs is not None:
                 self._prompt_lines[prompt] = output.prompt_logprobs
@@ -119,7 +118,7 @@ class _Answer:
         if lines is not None:
             shown = body.logprobs if body.logprob_token_ids is None else len(body.logprob_token_ids)
             choice["logprobs"], self._offsets[index] = logprobs.completion(
-                lines, tokens, self._offsets[index], shown or 0, self._as_id, self._name
+                lines, tokens, self._offsets.get(index, 0), shown or 0, self._as_id, self._name
             )
         if one.finish_reason is not None:
             choice["stop_reason"] = one.stop_reason

@@ -16,6 +16,8 @@ from quire.types.params import RequestOutputKind, SamplingParams, StructuredOutp
 
 Int64 = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
 TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
+RequestId = Annotated[str, Field(max_length=256, pattern="^[ -~]*$")]  # it goes into a header
+MAX_STOPS = 256  # each is looked for after each token
 Count = Annotated[int, Field(ge=-(2**31), le=2**31 - 1)]
 
 
@@ -66,7 +68,7 @@ class Sampling(Body):
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     repetition_penalty: float | None = None
-    stop: str | list[str] | None = None
+    stop: str | Annotated[list[str], Field(max_length=MAX_STOPS)] | None = None
     stop_token_ids: list[TokenId] | None = None
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
@@ -77,7 +79,7 @@ class Sampling(Body):
     truncate_prompt_tokens: Count | None = None
     allowed_token_ids: list[TokenId] | None = None
     logit_bias: dict[str, float] | None = None
-    bad_words: list[str] | None = None
+    bad_words: Annotated[list[str], Field(max_length=MAX_STOPS)] | None = None
     prompt_logprobs: Count | None = None
     logprob_token_ids: list[TokenId] | None = None
     stream_interval: Count | None = None
@@ -146,7 +148,7 @@ class CompletionRequest(Sampling):
     suffix: str | None = None
     best_of: Count | None = None
     add_special_tokens: bool = True
-    request_id: str | None = Field(default=None, max_length=256)
+    request_id: RequestId | None = None
 
 
 class FunctionDefinition(Body):
@@ -202,7 +204,7 @@ class ChatRequest(Sampling, Conversation):
     reasoning_effort: str | None = None
     include_reasoning: bool = True
     echo: bool | None = False
-    request_id: str | None = Field(default=None, max_length=256)
+    request_id: RequestId | None = None
 
 
 class TokenizeRequest(Body):
