@@ -186,8 +186,12 @@ def _models(app: FastAPI, served: Served) -> None:
         text = body.prompt if body.prompt is not None else await render(served, body)
         special = body.add_special_tokens if body.add_special_tokens is not None else body.messages is None
         tokenizer = served.tokenizer
-        ids = await served.engine.call(partial(tokenizer.encode, text, special), len(text))
-        strings = [tokenizer.id_to_token(i) or "" for i in ids] if body.return_token_strs else None
+
+        def work() -> tuple[list[int], list[str] | None]:
+            ids = tokenizer.encode(text, special)
+            return ids, [tokenizer.id_to_token(i) or "" for i in ids] if body.return_token_strs else None
+
+        ids, strings = await served.engine.call(work, len(text))
         return TokenizeResponse(
             count=len(ids), max_model_len=served.config.model.max_model_len, tokens=ids, token_strs=strings
         )

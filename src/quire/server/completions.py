@@ -13,7 +13,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from quire.server import logprobs
-from quire.server.protocol import CompletionRequest, GenerateRequest
+from quire.server.protocol import MAX_SEQUENCES, CompletionRequest, GenerateRequest
 from quire.server.served import Run, Served
 from quire.server.sse import EventStream, encode, frame
 from quire.types.errors import ClientError
@@ -26,6 +26,9 @@ async def complete(served: Served, body: CompletionRequest, request: Request) ->
     model = served.check_model(body.model)
     prompts = _prompts(body)
     params = _params(served, body)
+    if len(prompts) * params.n > MAX_SEQUENCES:
+        text = f"{len(prompts)} prompts and n={params.n} are more than {MAX_SEQUENCES} texts: make several requests"
+        raise ClientError(text, "n", params.n)
     drafts = await served.prepare(prompts, params, body.add_special_tokens)
     id = served.request_id("cmpl", body.request_id, request.headers.get("x-request-id"))
     run = Run(served, id, drafts, body.priority)

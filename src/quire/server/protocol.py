@@ -17,6 +17,8 @@ from quire.types.params import RequestOutputKind, SamplingParams, StructuredOutp
 Int64 = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
 TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
 RequestId = Annotated[str, Field(max_length=256, pattern="^[ -~]*$")]  # it goes into a header
+MAX_SEQUENCES = 2048  # that one body may ask for: the prompts, times n
+MAX_MESSAGES = 10_000
 MAX_STOPS = 256  # each is looked for after each token
 Count = Annotated[int, Field(ge=-(2**31), le=2**31 - 1)]
 
@@ -141,7 +143,13 @@ _PASSED = (
 
 class CompletionRequest(Sampling):
     model: str | None = None
-    prompt: str | list[str] | list[TokenId] | list[list[TokenId]]
+    # Fail fast: a list of a million ids is tried as a list of texts first, and must not fail a million times.
+    prompt: (
+        str
+        | Annotated[list[str], Field(fail_fast=True, max_length=MAX_SEQUENCES)]
+        | Annotated[list[TokenId], Field(fail_fast=True)]
+        | Annotated[list[Annotated[list[TokenId], Field(fail_fast=True)]], Field(fail_fast=True, max_length=MAX_SEQUENCES)]
+    )
     max_tokens: Count | None = 16
     echo: bool | None = False
     logprobs: Count | None = None
@@ -185,7 +193,7 @@ class Message(Body):
 class Conversation(Body):
     """What becomes a prompt by the chat template."""
 
-    messages: list[Message] = Field(min_length=1)
+    messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
     tools: list[Tool] | None = None
     add_generation_prompt: bool = True
     continue_final_message: bool = False
@@ -212,7 +220,7 @@ class TokenizeRequest(Body):
 
     model: str | None = None
     prompt: str | None = None
-    messages: list[Message] | None = None
+    messages: Annotated[list[Message], Field(max_length=MAX_MESSAGES)] | None = None
     tools: list[Tool] | None = None
     add_special_tokens: bool | None = None
     return_token_strs: bool | None = False
