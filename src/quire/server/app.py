@@ -42,6 +42,7 @@ from quire.server.protocol import (
     Version,
 )
 from quire.server.served import Served
+from quire.server.sse import EVENTS, LINES
 from quire.types.errors import ClientError, QuireError
 from quire.utils.version import VERSION
 
@@ -51,11 +52,16 @@ ERRORS: dict[int | str, dict[str, Any]] = {
     "4XX": {"model": ErrorResponse, "description": "The request cannot be answered as it is"},
     "5XX": {"model": ErrorResponse, "description": "The server cannot answer, now or at all"},
 }
-STREAM: dict[str, Any] = {"text/event-stream": {"schema": {"type": "string"}}}
+EVENT: dict[str, Any] = {
+    "type": "object",
+    "required": ["data"],
+    "properties": {"data": {"type": "string", "description": "A part of the answer as JSON, an error, or [DONE]"}},
+}
 
 
-def streaming(model: type) -> dict[int | str, dict[str, Any]]:
-    return {**ERRORS, 200: {"model": model, "content": STREAM, "description": "The answer, whole or as events"}}
+def streaming(model: type, media_type: str, item: dict[str, Any]) -> dict[int | str, dict[str, Any]]:
+    stream = {media_type: {"schema": item}}
+    return {**ERRORS, 200: {"model": model, "content": stream, "description": "The answer, whole or in parts"}}
 
 
 def build(served: Served) -> Any:
@@ -146,17 +152,17 @@ def _errors(app: FastAPI) -> None:
 
 
 def _generation(app: FastAPI, served: Served) -> None:
-    @app.post("/v1/completions", responses=streaming(CompletionResponse), response_class=Response)
+    @app.post("/v1/completions", responses=streaming(CompletionResponse, EVENTS, EVENT), response_class=Response)
     async def completions(body: CompletionRequest, request: Request) -> Response:
         """Continue one or more prompts."""
         return await complete(served, body, request)
 
-    @app.post("/v1/chat/completions", responses=streaming(ChatResponse), response_class=Response)
+    @app.post("/v1/chat/completions", responses=streaming(ChatResponse, EVENTS, EVENT), response_class=Response)
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         """Write the next message of a conversation."""
         return await chat(served, body, request)
 
-    @app.post("/generate", responses=streaming(GenerateResponse), response_class=Response)
+    @app.post("/generate", responses=streaming(GenerateResponse, LINES, {"type": "string"}), response_class=Response)
     async def plain(body: GenerateRequest, request: Request) -> Response:
         """Continue a prompt: the plain interface."""
         return await generate(served, body, request)

@@ -15,7 +15,7 @@ from starlette.responses import Response
 from quire.server import logprobs
 from quire.server.protocol import MAX_SEQUENCES, CompletionRequest, GenerateRequest
 from quire.server.served import Run, Served
-from quire.server.sse import EventStream, encode, frame
+from quire.server.sse import LINES, EventStream, encode, frame
 from quire.types.errors import ClientError
 from quire.types.outputs import CompletionOutput, RequestOutput
 from quire.types.params import SamplingParams
@@ -148,7 +148,7 @@ async def generate(served: Served, body: GenerateRequest, request: Request) -> R
     drafts = await served.prepare([body.prompt], params)
     run = Run(served, served.request_id("gen", None, request.headers.get("x-request-id")), drafts, body.priority)
     if body.stream:
-        return EventStream(run, _lines(run, body.prompt, params.n), done=b"")
+        return EventStream(run, _lines(run, body.prompt, params.n), LINES)
     (output,) = await run.whole(request.receive)
     return Response(encode({"text": [body.prompt + one.text for one in output.outputs]}), media_type="application/json")
 

@@ -65,7 +65,7 @@ class Sampling(Body):
     top_p: float | None = None
     top_k: Count | None = None
     min_p: float | None = None
-    n: Count | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_SEQUENCES)] | None = None
     seed: Int64 | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
