@@ -148,7 +148,9 @@ class CompletionRequest(Sampling):
         str
         | Annotated[list[str], Field(fail_fast=True, max_length=MAX_SEQUENCES)]
         | Annotated[list[TokenId], Field(fail_fast=True)]
-        | Annotated[list[Annotated[list[TokenId], Field(fail_fast=True)]], Field(fail_fast=True, max_length=MAX_SEQUENCES)]
+        | Annotated[
+            list[Annotated[list[TokenId], Field(fail_fast=True)]], Field(fail_fast=True, max_length=MAX_SEQUENCES)
+        ]
     )
     max_tokens: Count | None = 16
     echo: bool | None = False
