@@ -1,10 +1,11 @@
 # Each verb sets up what it needs, in .venv. CI calls these very verbs (.ci/run).
 #   make demo    generate with the bundled model
 #   make test    the tests, on both cores (ARGS="-k words" passes options to pytest)
+#   make browser  install Chromium, for the test of the server's page (Debian, as root; without it, that test is skipped)
 #   make check   ruff, pyright, the layer contract
 #   make native  compile the native library again (an install compiles it too)
 #   make bench   throughput, latency and start-up of the bundled model on this machine
-#   make bench-cpu        quire beside its peers on this CPU (half an hour; ARGS="--help" tells how to do less)
+#   make bench-cpu        quire beside its peers on this CPU (ARGS="--minutes 8", repeated until it is whole)
 #   make bench-cpu-peers  install those peers, each in a virtual environment under .bench
 #   make docs    write the generated pages, check links
 #   make soak    what takes long: random workloads, the whole fault matrix, thousands of odd requests, 10 minutes of load
@@ -18,7 +19,7 @@ ARGS ?=
 # Python files that are not in src.
 REST := $(wildcard tests examples benchmarks tools docs csrc hatch_build.py)
 
-.PHONY: demo test check native bench bench-cpu bench-cpu-peers docs soak clean setup
+.PHONY: demo test browser check native bench bench-cpu bench-cpu-peers docs soak clean setup
 
 # One pip command, so that torch is resolved once, to the version in constraints.txt.
 $(STAMP): pyproject.toml constraints.txt
@@ -33,6 +34,11 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)
+
+browser:
+	@command -v chromium > /dev/null || { test "$$(id -u)" = 0 && command -v apt-get > /dev/null \
+	  && apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium > /dev/null; } \
+	  || echo "no Chromium could be installed: the test of the server's page will be skipped"
 
 check: $(STAMP)
 	$(BIN)/ruff check src $(REST)

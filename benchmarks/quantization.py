@@ -1,5 +1,6 @@
-"""The error that quantization of weights at load or of the KV cache makes, on the bundled model's held-out text: perplexity, KL divergence of the
-logits from those of bfloat16, share of positions with the same likeliest token, and the size of the weights.
+"""The error that quantizing the weights or the KV cache makes, on the bundled model's held-out text: perplexity, KL
+divergence of the logits from those of bfloat16, share of positions with the same likeliest token, and the size of the
+weights.
 
     python benchmarks/quantization.py [--items 100]
 
@@ -20,7 +21,7 @@ from quire import LLM, SamplingParams
 from quire.types.request import Request
 
 HELDOUT = Path(__file__).parents[1] / "tests" / "data" / "demo_heldout.jsonl"
-METHODS = (
+METHODS: tuple[dict[str, Any], ...] = (
     {},
     *({"quantization": name} for name in ("int8", "int8_weight_only", "int4", "int4_weight_only")),
     {"kv_cache_dtype": "int8"},

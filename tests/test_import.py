@@ -29,6 +29,10 @@ def test_parameters_need_no_torch() -> None:
     assert run(code) == "False"
 
 
+def test_grammars_are_loaded_with_the_first_of_them() -> None:
+    assert run("import sys, quire.runner.worker, quire.llm; print('llguidance' in sys.modules)") == "False"
+
+
 @pytest.mark.parametrize("name", quire.__all__)
 def test_names(name: str) -> None:
     assert getattr(quire, name) is not None

@@ -7,12 +7,14 @@ neither what is asked nor which engine answers.
 from __future__ import annotations
 
 import json
+import math
 import os
 import select
 import subprocess
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -28,6 +30,10 @@ class PeerError(Exception):
     """A runner refused, died or took too long; the message says why."""
 
 
+class TimeUp(Exception):
+    """The run's time is over; what was under way is lost, what was measured is not."""
+
+
 @dataclass(frozen=True, slots=True)
 class Memory:
     """MiB of a process and its children: most that was resident at any time (anonymous and file pages; what they share
@@ -39,7 +45,8 @@ class Memory:
 
 
 class Runner:
-    """One engine in a process of its own. Use it as a context manager."""
+    """One engine in a process of its own. Use it as a context manager. `timeout`: seconds for one answer. `deadline`:
+    when waiting ends in TimeUp, by time.monotonic()."""
 
     def __init__(
         self,
@@ -48,10 +55,12 @@ class Runner:
         options: Mapping[str, Any],
         environment: Mapping[str, str],
         timeout: float = 600,
+        deadline: float = math.inf,
     ) -> None:
-        self.timeout = timeout
+        self.timeout, self.deadline = timeout, deadline
         self.begun = time.perf_counter()
         self.stamps: dict[str, float] = {}
+        self.settings: dict[str, Any] = {}
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed with the process
         self._rest = b""
         self.process = subprocess.Popen(
@@ -63,10 +72,11 @@ class Runner:
             stderr=self._errors,
         )
 
-    def wait_ready(self) -> dict[str, Any]:
-        """Wait until the engine is loaded; its settings. `stamps` then has seconds since the start of the process."""
+    def wait_ready(self) -> None:
+        """Wait until the engine is loaded. `settings` are then its own, and `stamps` has seconds since the start of the
+        process."""
         self._read("imported")
-        return self._read("ready")["settings"]
+        self.settings = self._read("ready")["settings"]
 
     def generate(self, requests: Sequence[Request]) -> list[Timing]:
         """Run the requests together; each must get as many tokens as it asked for."""
@@ -104,7 +114,8 @@ class Runner:
     def close(self) -> None:
         """End the process, by force where it does not end by itself."""
         if self.process.stdin:
-            self.process.stdin.close()
+            with suppress(BrokenPipeError):  # it has ended with something still to be read
+                self.process.stdin.close()
         try:
             self.process.wait(10)
         except subprocess.TimeoutExpired:
@@ -130,12 +141,12 @@ class Runner:
 
     def _line(self) -> bytes:
         assert self.process.stdout is not None
-        end = time.monotonic() + self.timeout
+        end = min(time.monotonic() + self.timeout, self.deadline)
         while b"\n" not in self._rest:
             ready, _, _ = select.select([self.process.stdout], [], [], max(0.0, end - time.monotonic()))
             if not ready:
                 self.process.kill()
-                raise PeerError(f"no answer in {self.timeout:.0f} s")
+                raise TimeUp if end == self.deadline else PeerError(f"no answer in {self.timeout:.0f} s")
             part = os.read(self.process.stdout.fileno(), 1 << 16)
             if not part:
                 raise PeerError(self._last_words())
@@ -152,7 +163,7 @@ class Runner:
 
 class Noise:
     """How many cores everything but one process tree used since this was made (time that the hypervisor gave to others
-    counts). Children of that tree that ended meanwhile count as others."""
+    counts)."""
 
     def __init__(self, pid: int | None = None) -> None:
         self._pid = pid
@@ -169,18 +180,24 @@ class Noise:
         busy = user + nice + system + irq + softirq + steal
         for pid in () if self._pid is None else process_tree(self._pid):
             own = _read(f"/proc/{pid}/stat").rpartition(")")[2].split()
-            busy -= sum(map(int, own[11:13]))
+            busy -= sum(map(int, own[11:15]))  # its own, and that of its children that have ended
         return busy
 
 
-def wait_for_quiet(seconds: float) -> None:
-    """Wait, at most so long, until others leave the machine alone."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        noise = Noise()
-        time.sleep(0.5)
-        if noise.cores() < QUIET_CORES:
-            return
+class Patience:
+    """Waits for others to leave the machine alone: at most so many seconds in all, then no more."""
+
+    def __init__(self, seconds: float) -> None:
+        self.left = seconds
+
+    def wait(self, deadline: float = math.inf) -> None:
+        """Return when the machine is quiet, when patience is at its end, or at `deadline` of time.monotonic()."""
+        while self.left > 0 and time.monotonic() < deadline:
+            noise, start = Noise(), time.monotonic()
+            time.sleep(min(0.5, self.left))
+            if noise.cores() < QUIET_CORES:
+                return
+            self.left -= time.monotonic() - start
 
 
 def process_tree(root: int) -> list[int]:

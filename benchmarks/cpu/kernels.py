@@ -20,8 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from quire.ops.linear import QuantizedWeight
 from quire.ops.native import program
 from quire.ops.native.library import LEVELS, Pool
+from quire.quantization.schemes import SCHEMES
 from quire.utils.devices import physical_cores
 
 CYCLE = 300 << 20  # bytes of weights in a round
@@ -86,23 +88,35 @@ class Bench:
         )
 
     def linear(self, shape: Shape, counts: list[int]) -> None:
-        print(f"{'linear':10}{'M':>5}{'native us':>11}{'GB/s':>7}{'GFLOP/s':>9}{'torch us':>11}{'ratio':>7}")
+        """bf16, and weights in 8 and 4 bits as `quantization="int8"` and "int4" make them, each beside torch's bf16."""
+        print(f"{'linear':10}{'bits':>5}{'M':>5}{'native us':>11}{'GB/s':>7}{'GFLOP/s':>9}{'torch us':>11}{'ratio':>7}")
         for name, (outputs, inputs) in shape.linears.items():
             copies = max(1, min(64, CYCLE // (outputs * inputs * 2)))
             weights = [torch.randn(outputs, inputs).to(BF16) for _ in range(copies)]
-            for count in counts:
-                x, out = torch.randn(count, inputs).to(BF16), torch.empty(count, outputs, dtype=BF16)
-                recorded = program.Program([program.linear(x, w, None, out, count) for w in weights])
-                ours, theirs = self.medians(
-                    lambda recorded=recorded: recorded.run(self.pool),
-                    lambda x=x, weights=weights: [F.linear(x, w) for w in weights],
+            for bits in (16, 8) if name == "head" else (16, 8, 4):  # "int4" keeps the head in 8 bits
+                # Quantized weights are a half or a quarter as large, so that a cycle needs more of them.
+                many = (
+                    weights if bits == 16 else [self._quantized(weights[0], bits) for _ in range(copies * 16 // bits)]
                 )
-                ours, theirs = ours / copies, theirs / copies
-                rate, flops = outputs * inputs * 2 / ours / 1e9, 2 * count * outputs * inputs / ours / 1e9
-                print(
-                    f"{name:10}{count:5}{ours * 1e6:11.1f}{rate:7.1f}{flops:9.0f}"
-                    f"{theirs * 1e6:11.1f}{theirs / ours:7.2f}"
-                )
+                for count in counts:
+                    x, out = torch.randn(count, inputs).to(BF16), torch.empty(count, outputs, dtype=BF16)
+                    record = program.linear if bits == 16 else program.quantized_linear
+                    recorded = program.Program([record(x, w, None, out, count) for w in many])  # type: ignore[arg-type]
+                    ours, theirs = self.medians(
+                        lambda recorded=recorded: recorded.run(self.pool),
+                        lambda x=x, weights=weights: [F.linear(x, w) for w in weights],
+                    )
+                    ours, theirs = ours / len(many), theirs / copies
+                    rate, flops = outputs * inputs * bits / 8 / ours / 1e9, 2 * count * outputs * inputs / ours / 1e9
+                    print(
+                        f"{name:10}{bits:5}{count:5}{ours * 1e6:11.1f}{rate:7.1f}{flops:9.0f}"
+                        f"{theirs * 1e6:11.1f}{theirs / ours:7.2f}"
+                    )
+
+    @staticmethod
+    def _quantized(weight_NK: Tensor, bits: int) -> QuantizedWeight:
+        """A copy of its own each time."""
+        return SCHEMES[f"int{bits}"].quantize(weight_NK)
 
     def attention(self, shape: Shape) -> None:
         """Decode rows, and one prefill, against F.scaled_dot_product_attention on dense keys (which has no pages to

@@ -121,12 +121,15 @@ def gguf(name: str, kind: str, python: Path, cache: Path = CACHE) -> Path:
 
 
 def openvino(name: str, kind: str, python: Path, cache: Path = CACHE) -> Path:
-    """The same weights as a folder for OpenVINO; `kind` is fp16, int8 or int4."""
+    """The same weights as a folder for OpenVINO; `kind` is fp16, int8 or int4 (in groups of 128, its default, where
+    rows can be divided so)."""
     source = checkpoint(name, cache)
+    group = next(size for size in (128, 64, 32) if SHAPES[name].hidden % size == 0)
 
     def make(folder: Path) -> None:
         command = ("export", "openvino", "--model", source, "--task", "text-generation-with-past")
-        _run(python.parent / "optimum-cli", *command, "--weight-format", kind, folder)
+        groups = ("--group-size", str(group)) if kind == "int4" else ()
+        _run(python.parent / "optimum-cli", *command, "--weight-format", kind, *groups, folder)
 
     return _once(cache / "openvino" / f"{name}-{kind}", make)
 

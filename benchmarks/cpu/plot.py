@@ -1,52 +1,87 @@
-"""The picture of a run: each engine's figure and the bound, a panel for each workload.
+"""The picture of a run: how fast each engine is beside quire, a line for each workload.
+
+    python -m benchmarks.cpu.plot .bench/cpu.json docs/benchmark-cpu.svg
 
 Owns: the drawing (matplotlib, of the `bench` extra). Knows rows of the report, nothing of how they came about.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.cpu.catalog import PEERS, QUIRE
-from benchmarks.cpu.report import Row, number
+from benchmarks.cpu.catalog import PEERS
+from benchmarks.cpu.report import Row, number, rows
+from benchmarks.cpu.results import Results
 
-OURS, THEIRS, LIMIT = "#c2410c", "#94a3b8", "#0f172a"
+# Told apart by colour and by form.
+LOOKS = {
+    "llamacpp": ("#0f766e", "o"),
+    "openvino": ("#4338ca", "s"),
+    "vllm": ("#b45309", "D"),
+    "transformers": ("#64748b", "v"),
+}
+OURS, LIMIT = "#dc2626", "#0f172a"
+TITLES = {"C1": "one request", "C2": "many requests", "C3": "long prompt", "C4": "shared prefix", "C5": "start"}
+SIZES = {"m135": "135M", "m1b": "1B"}
+UNITS = {"ms per token": "ms/token", "output tokens/s": "tokens/s"}
 
 
-def draw(rows: Sequence[Row], path: Path) -> None:
-    """Write an SVG: bars of each row's figure, quire's in its own colour, the bound as a line."""
+def draw(found: Sequence[Row], path: Path) -> None:
+    """Write an SVG: on each line quire is at 1, each peer at its speed relative to quire's in the same sitting, and a
+    bar at what the machine allows. Memory is left to the table."""
     import matplotlib
 
     matplotlib.use("svg")
     # The same rows give the same file.
-    matplotlib.rcParams |= {"svg.hashsalt": "quire", "font.size": 9, "svg.fonttype": "none"}
+    matplotlib.rcParams |= {"svg.hashsalt": "quire", "font.size": 11, "svg.fonttype": "none"}
     from matplotlib import pyplot
 
-    columns = min(4, len(rows))
-    lines = -(-len(rows) // columns)
-    figure, axes = pyplot.subplots(lines, columns, figsize=(3.2 * columns, 2.2 * lines), squeeze=False)
-    for axis in axes.flat[len(rows) :]:
-        axis.axis("off")
-    for axis, row in zip(axes.flat, rows, strict=False):
-        names = [name for name in PEERS if name in row.values][::-1]
-        values = [row.values[name] for name in names]
-        bars = axis.barh(
-            [PEERS[name].label(row.precision) for name in names],
-            values,
-            color=[OURS if name == QUIRE else THEIRS for name in names],
+    found = [r for r in found if r.workload != "memory"]
+    figure, axis = pyplot.subplots(figsize=(10, 1.5 + 0.36 * len(found)))
+    axis.axvline(1, color=OURS, linewidth=2, zorder=1, label="quire")
+    for name, (color, marker) in LOOKS.items():
+        places = [(1 / r.pairs[name].ratio, y) for y, r in enumerate(found) if name in r.pairs]
+        if places:
+            axis.scatter(
+                *zip(*places, strict=True), color=color, marker=marker, s=45, zorder=3, label=PEERS[name].title
+            )
+    bounds = [(y, r.pair.bound, r) for y, r in enumerate(found)]
+    limits = [(1 / r.metric.ratio(r.pair.ours, bound), y) for y, bound, r in bounds if bound is not None]
+    if limits:
+        axis.scatter(
+            *zip(*limits, strict=True), color=LIMIT, marker="|", s=160, zorder=2, label="what the machine allows"
         )
-        axis.bar_label(bars, [f" {number(value)}" for value in values])
-        axis.set_xlim(0, 1.3 * max([*values, row.bound or 0.0]))
-        if row.bound is not None:
-            axis.axvline(row.bound, color=LIMIT, linestyle=":", linewidth=1)
-        better = "lower" if row.metric.lower else "higher"
-        axis.set_title(
-            f"{row.workload} {row.model} {row.precision}, {row.metric.unit}\n({better} is better)", fontsize=9
-        )
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.set_xticks([])
-    figure.tight_layout()
+    axis.set_xscale("log")
+    ticks = [t for t in (0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10) if axis.get_xlim()[0] <= t <= axis.get_xlim()[1]]
+    axis.set_xticks(ticks, [f"{t:g}x" for t in ticks])
+    axis.set_xticks([], minor=True)
+    axis.set_yticks(range(len(found)), [label(r) for r in found])
+    axis.set_ylim(len(found) - 0.5, -0.5)
+    axis.set_xlabel("slower than quire  \N{LEFTWARDS ARROW}  speed relative to quire  \N{RIGHTWARDS ARROW}  faster")
+    axis.grid(axis="y", color="#e2e8f0", zorder=0)
+    axis.tick_params(axis="y", length=0)
+    axis.spines[["top", "right", "left"]].set_visible(False)
+    figure.legend(loc="upper center", ncols=6, frameon=False, handletextpad=0.3, columnspacing=1.2)
+    figure.tight_layout(rect=(0, 0, 1, 1 - 0.4 / figure.get_figheight()))
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, format="svg", metadata={"Date": None})
+    figure.savefig(path, format="svg", metadata={"Date": None}, facecolor="white")
     pyplot.close(figure)
+
+
+def label(r: Row) -> str:
+    """A line's name and quire's figure."""
+    unit = UNITS.get(r.metric.unit, r.metric.unit)
+    name = f"{TITLES[r.workload]}, {SIZES.get(r.model, r.model)} {r.precision}"
+    return f"{name}: {number(r.pair.ours)} {unit}"
+
+
+def main() -> None:
+    if len(sys.argv) != 3:
+        sys.exit(__doc__)
+    draw(rows(Results.read(Path(sys.argv[1]))), Path(sys.argv[2]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,19 +1,23 @@
 """From timings to a verdict: figures of a round, medians, ratios, targets, bounds, tables.
 
+    python -m benchmarks.cpu.report .bench/cpu.json          the tables of what was measured
+
 Owns: what is reported of each workload, what is aimed at, and the arithmetic of it. Runs nothing.
 """
 
 from __future__ import annotations
 
 import statistics
+import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
 
 from benchmarks.cpu.catalog import PEERS, QUIRE
-from benchmarks.cpu.driver import Memory
-from benchmarks.cpu.models import Shape
-from benchmarks.cpu.workloads import Request, Timing, computed_tokens
+from benchmarks.cpu.models import SHAPES, Shape
+from benchmarks.cpu.results import Cell, Results
+from benchmarks.cpu.workloads import Request, Timing, build, computed_tokens
 
 BITS = {"bf16": 16, "int8": 8, "int4": 4}
 
@@ -73,47 +77,47 @@ TARGETS: dict[tuple[str, str, str], Target] = {
 TRANSFORMERS_TARGET = 4.0  # C2, bf16: against the yardstick that most articles take
 
 
-@dataclass(slots=True)
-class Result:
-    """One engine on one workload: a dict of figures a round, and what was seen of memory."""
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """quire beside one peer, in one sitting: both figures, how many times better quire's is, what the machine would
+    have allowed then, and why the figures may be doubted."""
 
-    peer: str
-    rounds: list[dict[str, float]] = field(default_factory=list[dict[str, float]])
-    memory: Memory | None = None
-
-    def median(self, name: str) -> float:
-        """Of one figure over the rounds."""
-        return statistics.median(found[name] for found in self.rounds)
-
-    def spread(self, name: str) -> float:
-        """(largest - smallest) / median."""
-        values = [found[name] for found in self.rounds]
-        return (max(values) - min(values)) / self.median(name)
+    ours: float
+    theirs: float
+    ratio: float
+    bound: float | None
+    limit: str | None
+    spread: float
+    others: float
+    complete: bool
 
 
 @dataclass(slots=True)
 class Row:
-    """One line of a table: what all engines reached in one workload (or in memory), best peer, target and bound."""
+    """One line of a table: quire beside each peer in one workload (or in memory), the best peer, and the target."""
 
     model: str
     precision: str
     workload: str
-    metric: Metric
-    values: dict[str, float]
+    pairs: dict[str, Pair]
     best: str | None
-    ratio: float | None
     target: Target | None
-    bound: float | None = None
-    limit: str | None = None
-    spread: float = 0.0
-    others: float = 0.0
+
+    @property
+    def metric(self) -> Metric:
+        return METRICS[self.workload]
+
+    @property
+    def pair(self) -> Pair:
+        """The pair that decides: quire and the best peer; any other where none counts."""
+        return self.pairs[self.best] if self.best else next(iter(self.pairs.values()))
 
     @property
     def met(self) -> bool | None:
         """Whether quire reaches the target; None where nothing can be said."""
-        if self.target is None or self.ratio is None:
+        if self.target is None or self.best is None:
             return None
-        return self.ratio >= self.target.ratio
+        return self.pair.ratio >= self.target.ratio
 
 
 def figures(requests: Sequence[Request], timings: Sequence[Timing]) -> dict[str, float]:
@@ -136,7 +140,9 @@ def bound(
     shape: Shape, precision: str, workload: str, requests: Sequence[Request], ceilings: Mapping[str, float]
 ) -> tuple[float, str] | None:
     """What no engine on this machine can beat, in the workload's figure, and why: "bytes" (each step reads all weights
-    once) or "operations" (of the linear layers, bf16 only: attention and the rest are left out). None for start-up."""
+    once) or "operations" (of the linear layers; attention and the rest are left out). Products of 8-bit integers are
+    taken as twice as fast as those of bf16, which holds for the instructions of all processors that have both. None
+    for start-up."""
     if workload == "C5":
         return None
     weights = shape.block_weights + shape.embedding_weights
@@ -147,37 +153,76 @@ def bound(
     by_bytes = reading * max(r.output_tokens for r in requests)
     made = sum(r.output_tokens for r in requests)
     products = shape.block_weights * computed_tokens(list(requests)) + shape.embedding_weights * made
-    by_operations = 2 * products / (ceilings["bf16_gflop_s"] * 1e9) if precision == "bf16" else 0.0
+    by_operations = 2 * products / (ceilings["bf16_gflop_s"] * 1e9 * (1 if precision == "bf16" else 2))
     seconds, limit = max((by_bytes, "bytes"), (by_operations, "operations"))
     return (made / seconds if workload == "C2" else seconds), limit
 
 
-def row(model: str, precision: str, workload: str, results: Sequence[Result]) -> Row:
-    """The line of one workload, still without its bound."""
+def rows(results: Results) -> list[Row]:
+    """All lines, in the order of the table; memory after C2, the load that its target was set for."""
+    cells = [cell for cell in results.cells.values() if cell.measured]
+    found: list[Row] = []
+    for model, precision in product(SHAPES, BITS):
+        for workload in METRICS:
+            source = "C2" if workload == "memory" else workload
+            chosen = [c for c in cells if (c.model, c.precision, c.workload) == (model, precision, source)]
+            if pairs := {c.peer: judged for c in ordered(chosen) if (judged := pair(c, workload))}:
+                found.append(row(model, precision, workload, pairs))
+    return found
+
+
+def ordered(cells: Sequence[Cell]) -> list[Cell]:
+    """As the peers are in their table."""
+    return sorted(cells, key=lambda cell: list(PEERS).index(cell.peer))
+
+
+def pair(cell: Cell, workload: str) -> Pair | None:
+    """What a cell says of its workload, or of memory, if it does."""
     metric = METRICS[workload]
-    values = {r.peer: r.median(metric.name) for r in results if r.rounds}
-    noise = [found.get("others_cores", 0.0) for r in results for found in r.rounds]
-    spread = max((r.spread(metric.name) for r in results if r.rounds), default=0.0)
-    return _judged(model, precision, workload, values, spread, max(noise, default=0.0))
+    if workload == "memory":
+        if not cell.memory:
+            return None
+        ours, theirs = cell.memory[QUIRE].peak, cell.memory[cell.peer].peak
+        return Pair(ours, theirs, metric.ratio(ours, theirs), None, None, 0.0, 0.0, cell.complete)
+    ours, theirs = cell.median(QUIRE, metric.name), cell.median(cell.peer, metric.name)
+    requests = build(workload, cell.model, 0)
+    shape = SHAPES[cell.model]
+    least = bound(shape, cell.precision, workload, requests, cell.ceilings) if cell.ceilings else None
+    return Pair(
+        ours,
+        theirs,
+        metric.ratio(ours, theirs),
+        *(least or (None, None)),
+        max(cell.spread(name, metric.name) for name in cell.rounds),
+        max(found["others_cores"] for name in cell.rounds for found in cell.chosen(name)),
+        cell.complete,
+    )
 
 
-def memory_row(model: str, precision: str, results: Sequence[Result]) -> Row:
-    """The line of memory: peaks since the start of each process."""
-    values = {r.peer: r.memory.peak for r in results if r.memory}
-    return _judged(model, precision, "memory", values, 0.0, 0.0)
-
-
-def _judged(model: str, precision: str, workload: str, values: dict[str, float], spread: float, others: float) -> Row:
-    metric, target = METRICS[workload], TARGETS.get((model, precision, workload))
-    rivals = {name: value for name, value in values.items() if name != QUIRE}
+def row(model: str, precision: str, workload: str, pairs: dict[str, Pair]) -> Row:
+    """The line of one workload: the best peer is the one that quire is least ahead of."""
+    target = TARGETS.get((model, precision, workload))
+    rivals = {name: pair.ratio for name, pair in pairs.items()}
     if workload == "C5":
-        rivals = {name: value for name, value in rivals.items() if PEERS[name].rival}
+        rivals = {name: ratio for name, ratio in rivals.items() if PEERS[name].rival}
     if target is not None and target.peer is not None:
-        rivals = {name: value for name, value in rivals.items() if name == target.peer}
-    best = (min if metric.lower else max)(rivals, key=rivals.__getitem__, default=None)
-    ours = values.get(QUIRE)
-    ratio = None if best is None or ours is None else metric.ratio(ours, rivals[best])
-    return Row(model, precision, workload, metric, values, best, ratio, target, spread=spread, others=others)
+        rivals = {name: ratio for name, ratio in rivals.items() if name == target.peer}
+    return Row(model, precision, workload, pairs, min(rivals, key=rivals.__getitem__, default=None), target)
+
+
+def text(results: Results) -> str:
+    """The whole report, in Markdown."""
+    found = rows(results)
+    lines = [table(found), "", *transformers_ratio(found)]
+    limits = [cell.ceilings for cell in results.cells.values() if cell.ceilings]
+    if limits:
+        reads, products = ([limit[name] for limit in limits] for name in ("read_gb_s", "bf16_gflop_s"))
+        lines.append(
+            f"\n* best peer; ~ not complete. Read at {min(reads):.1f} to {max(reads):.1f} GB/s, "
+            f"bf16 products at {min(products):.0f} to {max(products):.0f} GFLOP/s."
+        )
+    lines += [f"left out: {what}: {why}" for what, why in results.left_out.items()]
+    return "\n".join(lines)
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -185,15 +230,9 @@ def table(rows: Sequence[Row]) -> str:
     blocks: list[str] = []
     for key in dict.fromkeys((r.model, r.precision) for r in rows):
         group = [r for r in rows if (r.model, r.precision) == key]
-        names = [name for name in PEERS if any(name in r.values for r in group)]
-        heads = [
-            "",
-            *(PEERS[name].label(key[1]) for name in names),
-            "quire / best",
-            "target",
-            "bound",
-            "spread, others",
-        ]
+        names = [name for name in PEERS if any(name in r.pairs for r in group)]
+        labels = [PEERS[name].label(key[1]) for name in names]
+        heads = ["", "quire", *labels, "quire / best", "target", "bound", "spread, others"]
         lines = [f"## {key[0]}, {key[1]}", "", "| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
         lines += ["| " + " | ".join(_cells(r, names)) + " |" for r in group]
         blocks.append("\n".join(lines))
@@ -202,25 +241,30 @@ def table(rows: Sequence[Row]) -> str:
 
 def transformers_ratio(rows: Sequence[Row]) -> list[str]:
     """The lines about the articles' yardstick."""
-    found: list[str] = []
-    for r in rows:
-        if r.workload == "C2" and r.precision == "bf16" and {QUIRE, "transformers"} <= r.values.keys():
-            ratio = r.metric.ratio(r.values[QUIRE], r.values["transformers"])
-            found.append(f"C2 {r.model}: {ratio:.2f}x of Transformers (target {TRANSFORMERS_TARGET:.0f}x)")
-    return found
-
-
-def as_json(r: Row) -> dict[str, Any]:
-    """A row for the file."""
-    return {**asdict(r), "met": r.met}
+    return [
+        f"C2 {r.model}: {r.pairs['transformers'].ratio:.2f}x of Transformers (target {TRANSFORMERS_TARGET:.0f}x)"
+        for r in rows
+        if r.workload == "C2" and r.precision == "bf16" and "transformers" in r.pairs
+    ]
 
 
 def _cells(r: Row, names: Sequence[str]) -> list[str]:
-    values = [f"{number(r.values[name])}{' *' * (name == r.best)}" if name in r.values else "" for name in names]
-    ratio = "" if r.ratio is None else f"{r.ratio:.2f}x"
-    limits = "" if r.bound is None else f"{number(r.bound)} ({r.limit})"
-    noise = "" if r.workload == "memory" else f"{r.spread:.0%}, {r.others:.1f}"
-    return [f"{r.workload}, {r.metric.unit}", *values, ratio, _target(r), limits, noise]
+    values = [_peer(r, name) if name in r.pairs else "" for name in names]
+    decisive = r.pair
+    ratio = "" if r.best is None else f"{decisive.ratio:.2f}x"
+    limits = ""
+    if decisive.bound is not None:
+        part = 1 / r.metric.ratio(decisive.bound, decisive.ours)
+        limits = f"{number(decisive.bound)} ({decisive.limit}): {part:.0%} reached"
+    noise = "" if r.workload == "memory" else f"{decisive.spread:.0%}, {decisive.others:.1f}"
+    return [f"{r.workload}, {r.metric.unit}", number(decisive.ours), *values, ratio, _target(r), limits, noise]
+
+
+def _peer(r: Row, name: str) -> str:
+    """A peer's figure, and how many times better quire's of the same sitting was."""
+    found = r.pairs[name]
+    marks = ("" if found.complete else " ~") + (" *" if name == r.best else "")
+    return f"{number(found.theirs)} ({found.ratio:.2f}x){marks}"
 
 
 def _target(r: Row) -> str:
@@ -234,3 +278,7 @@ def _target(r: Row) -> str:
 def number(value: float) -> str:
     """Three digits or so."""
     return f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f}"
+
+
+if __name__ == "__main__":
+    print(text(Results.read(Path(sys.argv[1]))))

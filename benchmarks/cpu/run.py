@@ -1,38 +1,41 @@
-"""quire and its peers, alternately, on the same work, in one go.
+"""quire and its peers, alternately, on the same work: what is missing of the table, in as many goes as it takes.
 
-    python -m benchmarks.cpu.run                                      everything that is installed, at most half an hour
-    python -m benchmarks.cpu.run --models m135 --workloads C1 --peers quire llamacpp --repeats 1         a minute
+    python -m benchmarks.cpu.run --minutes 8                          again and again, until it says that all is done
+    python -m benchmarks.cpu.run --models m135 --workloads C1 --peers llamacpp --repeats 1               a minute
 
-Owns: the order of things. For each model and precision the engines are started, one process each, and stay; for each
-workload each runs once to warm up, then they take turns, A B A B, until each has `--repeats` rounds. Start-up (C5) has
-new processes, taking turns as well. An engine that is not there, or fails, is left out and named with the reason;
-without quire's figure the others are not measured. Prints tables, writes JSON and a plot.
+Owns: the order of things. For each model, precision and peer, quire and that peer are started, one process each; for
+each workload they run once to warm up and then take turns, A B A B, until each has `--repeats` rounds in which no other
+program used the machine, or twice as many in all. Start-up (C5) has new processes, taking turns as well. What the
+machine can do at most is measured before and after each workload. When `--minutes` are over, a round that is under way
+is dropped. Every finished round is in the JSON file; the next go does what is not complete there, so that the same
+command repeated ends with the whole table. A peer that is not there, or fails, is left out and named with the reason.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from benchmarks.cpu import models, report, workloads
-from benchmarks.cpu.catalog import PEERS, PRECISIONS, QUIRE, Peer
-from benchmarks.cpu.driver import Noise, PeerError, Runner, wait_for_quiet
-from benchmarks.cpu.report import Result, Row
+from benchmarks.cpu.catalog import PEERS, PRECISIONS, QUIRE
+from benchmarks.cpu.driver import QUIET_CORES, Noise, Patience, PeerError, Runner, TimeUp
+from benchmarks.cpu.results import Cell, Key, Results, digest
 
+import quire
 from quire.utils import devices
 
-# What has a target, and is run unless something else is asked for.
+# The table: what has a target. C5 is first, while no engine holds memory.
 PLAN = {
-    ("m135", "bf16"): ("C1", "C2", "C3", "C4", "C5"),
+    ("m135", "bf16"): ("C5", "C1", "C2", "C3", "C4"),
     ("m135", "int8"): ("C1", "C2", "C3"),
     ("m135", "int4"): ("C1",),
     ("m1b", "bf16"): ("C1", "C2", "C3"),
@@ -40,53 +43,55 @@ PLAN = {
     ("m1b", "int4"): ("C1",),
 }
 SLOW_START = 15.0  # an engine that needs so many seconds to start does it once after the warm-up, not `--repeats` times
-PICTURE = models.ROOT / "docs" / "benchmark-cpu.svg"
+Measure = Callable[[str, list[workloads.Request]], dict[str, float]]
 
 
 @dataclass(slots=True)
 class Run:
-    """What is to be done, and what came of it."""
+    """One go. `fruitful`: a cell was completed in it."""
 
     args: argparse.Namespace
+    results: Results
     deadline: float
-    rows: list[Row] = field(default_factory=list[Row])
-    results: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
-    settings: dict[str, Any] = field(default_factory=dict[str, Any])
-    skipped: list[str] = field(default_factory=list[str])
+    patience: Patience
+    fruitful: bool = False
 
-    def skip(self, what: str, why: object) -> None:
+    def leave_out(self, what: str, why: object) -> None:
         """Leave something out, and say so."""
-        self.skipped.append(f"{what}: {why}")
-        print(f"left out: {self.skipped[-1]}", file=sys.stderr, flush=True)
+        self.results.left_out[what] = str(why)
+        self.results.save()
+        say(f"left out: {what}: {why}")
 
-    def late(self) -> bool:
-        """Whether the time is up."""
-        return time.monotonic() > self.deadline
+    def fits(self, cell: Cell, seconds: float) -> bool:
+        """Whether there is time left for so much. The first cell of a go is tried in any case."""
+        if not self.fruitful or time.monotonic() + seconds < self.deadline:
+            return True
+        say(f"{' '.join(cell.key)} needs about {seconds:.0f} s: left for the next go")
+        return False
 
 
-def main(argv: Sequence[str] | None = None) -> Run:
+def main(argv: Sequence[str] | None = None) -> Results:
     args = parse(argv)
-    run = Run(args, time.monotonic() + 60 * args.minutes)
-    plan = list(planned(args))
-    before = os.getloadavg()
-    wait_for_quiet(args.quiet)
-    limits = ceilings(args.threads)
-    for model, precision, names in plan:
-        if run.late():
-            run.skip(f"{model} {precision}", "the time is up (--minutes)")
-        else:
-            group(run, model, precision, names)
-    # The better of before and after: others may have been at work.
-    limits = {name: max(value, limits[name]) for name, value in ceilings(args.threads).items()}
-    for row in run.rows:
-        if row.workload in workloads.NAMES:
-            requests = workloads.build(row.workload, row.model, 0)
-            found = report.bound(models.SHAPES[row.model], row.precision, row.workload, requests, limits)
-            row.bound, row.limit = found or (None, None)
-    print("\n".join([report.table(run.rows), "", *report.transformers_ratio(run.rows)]))
-    print(f"\n* best peer. {limits['read_gb_s']:.1f} GB/s read, {limits['bf16_gflop_s']:.0f} bf16 GFLOP/s")
-    write(run, limits, before)
-    return run
+    try:
+        results = Results.resume(args.json, circumstances(args))
+    except ValueError as error:
+        sys.exit(str(error))
+    results.left_out.clear()  # what is missing is tried again
+    run = Run(args, results, time.monotonic() + 60 * args.minutes, Patience(args.quiet))
+    wanted = [key for keys in planned(args) for key in keys]
+    try:
+        for keys in planned(args):
+            if missing := [key for key in keys if not results.complete(key)]:
+                sitting(run, missing)
+    except TimeUp:
+        say("the time is up (--minutes)")
+    except KeyboardInterrupt:
+        say("interrupted")
+    print(report.text(results))
+    done = sum(map(results.complete, wanted))
+    rest = "" if done == len(wanted) else "; the same command again does the rest"
+    print(f"\n{done} of {len(wanted)} cells are complete in {args.json}{rest}")
+    return results
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -95,30 +100,33 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--workloads", nargs="+", choices=workloads.NAMES, help="instead of those that have a target")
     parser.add_argument("--models", nargs="+", choices=list(models.SHAPES), default=list(models.SHAPES))
     parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=list(PRECISIONS))
-    parser.add_argument("--peers", nargs="+", choices=list(PEERS), default=list(PEERS))
-    parser.add_argument("--repeats", type=int, default=3, help="rounds of each engine and workload")
+    rivals = [name for name in PEERS if name != QUIRE]
+    parser.add_argument("--peers", nargs="+", choices=rivals, default=rivals)
+    parser.add_argument("--repeats", type=int, default=3, help="undisturbed rounds of each engine and workload")
     parser.add_argument("--threads", type=int, default=devices.physical_cores())
-    parser.add_argument("--quiet", type=float, default=5.0, help="wait so many seconds at most for others to be idle")
-    parser.add_argument("--minutes", type=float, default=30.0, help="start nothing more after so long")
+    parser.add_argument("--quiet", type=float, default=60.0, help="seconds, in all, to wait for others to be idle")
+    parser.add_argument("--minutes", type=float, default=30.0, help="stop after so long")
     parser.add_argument("--cache", type=Path, default=models.CACHE, help="models and virtual environments")
-    parser.add_argument("--json", type=Path, help="results; CACHE/cpu.json by default")
-    parser.add_argument("--plot", type=Path, help="SVG; by default docs/ if nothing is chosen here, else CACHE/cpu.svg")
+    parser.add_argument("--json", type=Path, help="results, old and new; CACHE/cpu.json by default")
     args = parser.parse_args(argv)
-    args.peers = [name for name in PEERS if name in {QUIRE, *args.peers}]
-    # One for all: a partial run must not replace the published picture.
-    args.whole = not {a.split("=")[0] for a in (sys.argv[1:] if argv is None else argv)} & {
-        "--workloads", "--models", "--precisions", "--peers", "--repeats", "--minutes",
-    }  # fmt: skip
+    args.json = args.json or args.cache / "cpu.json"
     return args
 
 
-def planned(args: argparse.Namespace) -> Iterator[tuple[str, str, Sequence[str]]]:
-    """(model, precision, workloads) in order."""
+def circumstances(args: argparse.Namespace) -> dict[str, Any]:
+    """What must be the same for figures to stand in one file."""
+    machine = {"processor": devices.cpu_name(), "cores": devices.physical_cores(), "threads": args.threads}
+    return {**machine, "repeats": args.repeats, "quire": digest(Path(quire.__file__).parent)}
+
+
+def planned(args: argparse.Namespace) -> Iterator[list[Key]]:
+    """The cells, those of one sitting together."""
     for model in args.models:
         for precision in args.precisions:
-            names = args.workloads or PLAN.get((model, precision), ())
-            if names:
-                yield model, precision, names
+            names = PLAN.get((model, precision), ()) if args.workloads is None else args.workloads
+            for peer in args.peers:
+                if names and precision in PEERS[peer].formats:
+                    yield [(model, precision, workload, peer) for workload in names]
 
 
 def ceilings(threads: int) -> dict[str, float]:
@@ -127,48 +135,58 @@ def ceilings(threads: int) -> dict[str, float]:
     return json.loads(subprocess.run(command, cwd=models.ROOT, capture_output=True, text=True, check=True).stdout)
 
 
-def group(run: Run, model: str, precision: str, names: Sequence[str]) -> None:
-    """All engines of one precision on one model."""
-    peers = {peer.name: path for peer, path in available(run, model, precision)}
-    if "C5" in names and QUIRE in peers:
-        finish(run, model, precision, "C5", startup(run, model, precision, peers))
+def sitting(run: Run, keys: Sequence[Key]) -> None:
+    """quire and one peer on one model, through the workloads that are missing."""
+    model, precision, _, peer = keys[0]
+    what = f"{PEERS[peer].label(precision)}, {model}"
+    if not PEERS[peer].python(run.args.cache).exists():
+        return run.leave_out(PEERS[peer].title, "not installed (make bench-cpu-peers)")
+    try:
+        paths = {name: PEERS[name].model(model, precision, run.args.cache) for name in (QUIRE, peer)}
+    except RuntimeError as error:
+        return run.leave_out(what, error)
+    start = partial(launch, run, precision, paths)
     with ExitStack() as stack:
         runners: dict[str, Runner] = {}
-        for name, path in peers.items():
-            if name != QUIRE and QUIRE not in runners:
-                break
+        before: dict[str, float] = {}
+        for key in keys:
+            begun = time.monotonic()
+            cell = Cell.new(key, run.args.repeats, time.strftime("%Y-%m-%d %H:%M"))
+            old = run.results.cells.get(key)
+            if not run.fits(cell, old.seconds if old else 0.0):
+                continue
+            before = before or ceilings(run.args.threads)
             try:
-                runner = stack.enter_context(launch(run, name, path, precision))
-                run.settings[f"{name} {precision}"] = runner.wait_ready()
-                runners[name] = runner
+                if cell.workload == "C5":
+                    finished = turns(run, cell, begun, partial(first_token, start))
+                else:
+                    for name in () if runners else paths:
+                        runners[name] = stack.enter_context(start(name))
+                        runners[name].wait_ready()
+                    cell.settings = {name: runner.settings for name, runner in runners.items()}
+                    finished = turns(run, cell, begun, partial(one_round, runners))
+                    cell.memory = {name: runner.memory() for name, runner in runners.items()}
             except PeerError as error:
-                run.skip(f"{PEERS[name].label(precision)}, {model}", error)
-        for workload in names:
-            if workload != "C5" and QUIRE in runners and not run.late():
-                finish(run, model, precision, workload, turns(run, model, precision, workload, runners))
+                run.leave_out(f"{what} {cell.workload}", error)
+                if cell.workload == "C5":
+                    continue
+                return None  # a runner that failed is no more
+            if finished:
+                after = ceilings(run.args.threads)
+                # The better of before and after: others may have been at work.
+                cell.ceilings, before = {name: max(value, before[name]) for name, value in after.items()}, after
+                cell.seconds = time.monotonic() - begun
+                run.fruitful |= cell.complete
+            run.results.put(cell)
+    return None
 
 
-def available(run: Run, model: str, precision: str) -> Iterator[tuple[Peer, Path]]:
-    """The engines that can take part, with the model in their format."""
-    for name in run.args.peers:
-        peer = PEERS[name]
-        if precision not in peer.formats:
-            continue
-        if not peer.python(run.args.cache).exists():
-            run.skip(peer.title, "not installed (make bench-cpu-peers)")
-            continue
-        try:
-            yield peer, peer.model(model, precision, run.args.cache)
-        except RuntimeError as error:
-            run.skip(f"{peer.label(precision)}, {model}", error)
-
-
-def launch(run: Run, name: str, path: Path, precision: str) -> Runner:
-    """An engine's process, not yet ready; PeerError where there is no room for it beside the others."""
-    peer, threads = PEERS[name], run.args.threads
+def launch(run: Run, precision: str, paths: dict[str, Path], name: str) -> Runner:
+    """An engine's process, not yet ready; PeerError where there is no room for it."""
+    peer, threads, path = PEERS[name], run.args.threads, paths[name]
     size = sum(file.stat().st_size for file in ([path] if path.is_file() else path.iterdir()))
     if free_memory() < 2 * size + (1 << 30):
-        raise PeerError("not enough memory is free beside the others: fewer --peers at a time")
+        raise PeerError("not enough memory is free")
     environment = {
         "OMP_NUM_THREADS": str(threads),
         "HF_HUB_OFFLINE": "1",
@@ -176,121 +194,70 @@ def launch(run: Run, name: str, path: Path, precision: str) -> Runner:
         **peer.environment(run.args.cache / "venvs" / name),
     }
     options = {"model": str(path), "precision": precision, "threads": threads}
-    return Runner(peer.python(run.args.cache), peer.module, options, environment)
+    return Runner(peer.python(run.args.cache), peer.module, options, environment, deadline=run.deadline)
 
 
-def turns(run: Run, model: str, precision: str, workload: str, runners: dict[str, Runner]) -> list[Result]:
-    """One workload: each engine warms up, then they take turns. An engine that fails is out."""
-    results = {name: Result(name) for name in runners}
-    for number in (workloads.WARM_UP, *range(run.args.repeats)):
-        requests = workloads.build(workload, model, number)
-        for name, runner in list(runners.items()):
-            if run.late() and any(result.rounds for result in results.values()):
-                break
-            try:
-                found = timed(run, runner, requests)
-            except PeerError as error:
-                run.skip(f"{PEERS[name].label(precision)}, {model} {workload}", error)
-                runners.pop(name)
-                results.pop(name)
+def turns(run: Run, cell: Cell, begun: float, measure: Measure) -> bool:
+    """Warm both engines up, then let them take turns; False where the time does not suffice for that."""
+    for number in range(workloads.WARM_UP, 2 * run.args.repeats):
+        requests = workloads.build(cell.workload, cell.model, number)
+        start = time.monotonic()
+        for name in cell.rounds:
+            wanted = cell.wanted[name]
+            if len(cell.clean(name)) >= wanted or len(cell.rounds[name]) >= 2 * wanted:
                 continue
+            run.patience.wait(run.deadline)
+            found = measure(name, requests)
             if number != workloads.WARM_UP:
-                results[name].rounds.append(found)
-                progress(name, precision, model, workload, found)
-    for name, runner in runners.items():
-        results[name].memory = runner.memory()
-    return list(results.values())
+                cell.rounds[name].append(found)
+                progress(cell, name, found)
+                if cell.measured:
+                    run.results.put(cell)
+            elif found.get("first_token_s", 0.0) > SLOW_START:
+                cell.wanted[name] = 1
+        if number == workloads.WARM_UP:
+            now = time.monotonic()
+            rest = (now - start) * max(cell.wanted.values())
+            cell.seconds = now - begun + rest
+            if not run.fits(cell, rest):
+                return False
+    return True
 
 
-def timed(run: Run, runner: Runner, requests: list[workloads.Request]) -> dict[str, float]:
-    """The figures of one round."""
-    wait_for_quiet(run.args.quiet)
-    noise = Noise(runner.process.pid)
-    timings = runner.generate(requests)
+def one_round(runners: dict[str, Runner], name: str, requests: list[workloads.Request]) -> dict[str, float]:
+    """The figures of one round of C1 to C4."""
+    noise = Noise(runners[name].process.pid)
+    timings = runners[name].generate(requests)
     return {**report.figures(requests, timings), "others_cores": noise.cores()}
 
 
-def startup(run: Run, model: str, precision: str, peers: dict[str, Path]) -> list[Result]:
-    """C5: from the start of a new process to its first token."""
-    results = {name: Result(name) for name in peers}
-    slow: set[str] = set()
-    for number in (workloads.WARM_UP, *range(run.args.repeats)):
-        requests = workloads.build("C5", model, number)
-        for name in list(results):
-            if run.late() or (name in slow and number > 0):
-                continue
-            wait_for_quiet(run.args.quiet)
-            try:
-                with launch(run, name, peers[name], precision) as runner:
-                    runner.send(requests)
-                    runner.wait_ready()
-                    runner.receive(requests)
-            except PeerError as error:
-                run.skip(f"{PEERS[name].label(precision)}, {model} C5", error)
-                results.pop(name)
-                continue
-            stamps = runner.stamps
-            found = {"import_s": stamps["imported"], "ready_s": stamps["ready"], "first_token_s": stamps["done"]}
-            if stamps["done"] > SLOW_START:
-                slow.add(name)
-            if number != workloads.WARM_UP:
-                results[name].rounds.append(found)
-                progress(name, precision, model, "C5", found)
-    return list(results.values())
+def first_token(start: Callable[[str], Runner], name: str, requests: list[workloads.Request]) -> dict[str, float]:
+    """The figures of C5: from the start of a new process to its first token."""
+    with start(name) as runner:
+        noise = Noise(runner.process.pid)
+        runner.send(requests)
+        runner.wait_ready()
+        runner.receive(requests)
+        found, stamps = {"others_cores": noise.cores()}, runner.stamps
+    return found | {"import_s": stamps["imported"], "ready_s": stamps["ready"], "first_token_s": stamps["done"]}
 
 
-def finish(run: Run, model: str, precision: str, workload: str, results: Sequence[Result]) -> None:
-    """Keep what one workload brought. Memory is told after C2, the load that the target was set for."""
-    measured = [result for result in results if result.rounds]
-    if not measured:
-        return
-    run.rows.append(report.row(model, precision, workload, measured))
-    if workload == "C2":
-        run.rows.append(report.memory_row(model, precision, measured))
-    place = {"model": model, "precision": precision, "workload": workload}
-    run.results += [{**place, **asdict(result)} for result in measured]
-
-
-def progress(name: str, precision: str, model: str, workload: str, found: dict[str, float]) -> None:
+def progress(cell: Cell, name: str, found: dict[str, float]) -> None:
     """One line a round."""
-    metric = report.METRICS[workload]
-    others = f", others used {found['others_cores']:.1f} cores" if found.get("others_cores", 0) > 0.15 else ""
-    text = (
-        f"{workload} {model} {PEERS[name].label(precision)}: {report.number(found[metric.name])} {metric.unit}{others}"
-    )
-    print(text, file=sys.stderr, flush=True)
+    metric, others = report.METRICS[cell.workload], found["others_cores"]
+    noise = f", others used {others:.1f} cores" if others > QUIET_CORES else ""
+    what = f"{cell.workload} {cell.model} {PEERS[name].label(cell.precision)}"
+    say(f"{what}: {report.number(found[metric.name])} {metric.unit}{noise}")
+
+
+def say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def free_memory() -> int:
     """Bytes that can be taken without swapping."""
     lines = Path("/proc/meminfo").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-
-
-def write(run: Run, limits: dict[str, float], load: tuple[float, float, float]) -> None:
-    """The JSON file and the plot."""
-    args = run.args
-    target = args.json or args.cache / "cpu.json"
-    document = {
-        "machine": {"cpu": devices.cpu_name(), "cores": devices.physical_cores(), "memory": devices.host_memory()},
-        "time": time.strftime("%Y-%m-%d %H:%M"),
-        "load": {"before": load, "after": os.getloadavg()},
-        "arguments": {name: value for name, value in vars(args).items() if not isinstance(value, Path)},
-        "ceilings": limits,
-        "settings": run.settings,
-        "rows": [report.as_json(row) for row in run.rows],
-        "results": run.results,
-        "left_out": run.skipped,
-    }
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(json.dumps(document, indent=1) + "\n")
-    try:
-        from benchmarks.cpu.plot import draw
-
-        if run.rows:
-            draw(run.rows, args.plot or (PICTURE if args.whole else args.cache / "cpu.svg"))
-    except ImportError as error:
-        run.skip("the plot", f"{error} (pip install 'quire[bench]')")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@
 constexpr int64_t CHUNK = 128;       // keys of a piece of a decode row: two pieces of all heads fit the L2 cache
 constexpr int64_t TILE_ROWS = 128;   // query tokens x heads of a prefill tile
 constexpr int64_t TILE_KEYS = 64;    // keys of a block of a prefill tile
+constexpr int64_t SPLIT_CHUNKS = 1024;  // of split rows: each has shared memory, 4 KiB for 8 heads of 128
 constexpr float NEVER = -__builtin_inff();
 
 // A cache of bytes: a row of `size` whole numbers, filled up to fours, then the float32 that they are to be multiplied by.
@@ -156,27 +157,29 @@ template <class T, class C, class... Rest> void prefill(const Rules& r, Rest... 
     prefill_tile<T, C>(r, rest...);
 }
 
-
 // How the decode rows are shared out. A row is split where it alone would keep a thread busy when the others have
 // nothing left to do: its pieces are (chunk, KV head) or whole chunks, each with a place in shared memory, merged at the
-// end. All others go in runs of rows: the next row is then the one that this thread asked for.
+// end; once there are SPLIT_CHUNKS, no further row is split. All others go in runs of rows: the next row is then the
+// one that this thread asked for.
 struct Sharing {
     const int32_t* lengths;
-    int64_t window, rows, fair, heads;  // rows of more chunks than `fair` are split; KV heads that a piece is split by
+    // Rows of more chunks than `fair` are split, those in front of `until`; KV heads that a piece is split by.
+    int64_t window, rows, fair, until, heads;
     int64_t pieces = 0, run = 1, runs = 0;
     bool merging = false;
 
     inline int64_t begin(int64_t row) const { return most(0, lengths[row] - window) / CHUNK; }
     inline int64_t chunks(int64_t row) const { return most(1, ceil_div(lengths[row], CHUNK) - begin(row)); }
-    inline bool split(int64_t row) const { return chunks(row) > fair; }
+    inline bool split(int64_t row) const { return row < until && chunks(row) > fair; }
     inline Sharing(const int32_t* lengths, int64_t window, int64_t rows, int64_t kv_heads, int threads)
-        : lengths(lengths), window(window), rows(rows), fair(INT64_MAX), heads(1) {
+        : lengths(lengths), window(window), rows(rows), fair(INT64_MAX), until(rows), heads(1) {
         int64_t total = 0, whole = 0, cut = 0;
         for (int64_t row = 0; row < rows; row++) total += chunks(row);
         if (threads > 1) fair = rows < 4 * threads ? 0 : most(1, total / (4 * threads));
         for (int64_t row = 0; row < rows; row++) {
             if (split(row)) cut += chunks(row), merging |= chunks(row) > 1;
             else whole++;
+            if (cut >= SPLIT_CHUNKS) until = least(until, row + 1);
         }
         if (cut < 16 * threads) heads = kv_heads;
         pieces = cut * heads;
@@ -277,7 +280,7 @@ template <class T, class C> void attention_rows(const qr_op& op, Context& c) {
             if (first < last) {
                 look_up<C>(r, op, tables + cut * op.i[6], first, last, decode);
                 Coming own = coming(cut, first, last, h, end - h);
-                own.ask(2 * W);
+                own.ask(CHUNK);  // all of it: nothing before it could be used to ask ahead
                 for (int64_t n = h; n < end; n++) piece(cut, first, last, n, own, W, to);
             }
             for (int64_t n = h * r.group; alone && n < end * r.group; n++) finish(to, cut, n);

@@ -12,8 +12,7 @@ constexpr float LOG2E = 1.44269504f;
 constexpr float SLACK = 8.0f;
 
 // 2^x to 7.5e-5 of its value (the result is rounded to bf16, 2e-3): 2^-127, which a product takes for 0, for -inf;
-// NaN for NaN; x at most 100. Whole part
-// and fraction by sums, as these run beside the products.
+// NaN for NaN; x at most 100. Whole part and fraction by sums, as these run beside the products.
 QR_ALWAYS __m512 power(__m512 x) {
     x = _mm512_max_ps(_mm512_set1_ps(-126.0f), x);  // the second where either is NaN
     __m512 magic = _mm512_set1_ps(12582912.0f), n = _mm512_add_ps(x, magic);
@@ -117,7 +116,7 @@ struct PairStep {
     int64_t first, here;                     // its keys
     const int32_t* places;                   // of the queries: 32 positions, and their slopes
     const float* slopes;
-    bool masked, plain;                      // whether some key is hidden from some query; scores are products alone
+    bool plain;                              // scores are products alone
 };
 
 // Scores as they are to be, -inf where hidden; returns the maxima in place of those of the products.
@@ -198,7 +197,7 @@ inline void pair_soften(const PairStep& t, float* s, __m512 top0, __m512 top1, f
 template <class C>
 void pair_tile(const Rules& r, const qr_op& op, const int32_t* pages, int64_t start, int64_t count, int64_t length,
                int64_t begin, int64_t end, int64_t h, char* room) {
-        PairMemory memory(r, room);
+    PairMemory memory(r, room);
     int64_t rows = (end - begin) * r.group, blocks = ceil_div(rows, LANES), width = PairMemory::width(r);
     int64_t past = length - count, low = most(0, past + begin - r.window + 1), stop = least(length, past + end);
     auto place = [&](int64_t p) { return past + begin + p / r.group; };
@@ -211,7 +210,7 @@ void pair_tile(const Rules& r, const qr_op& op, const int32_t* pages, int64_t st
                     auto* q = static_cast<const bf16*>(op.p[0]) + (start + begin + p / r.group) * op.i[7];
                     x[i] = row_of(q + head * r.size + e, r.size - e);
                 }
-                transpose(x);
+                turn_words(x, reinterpret_cast<char*>(x), 64);
                 bf16* to = memory.queries + b * width * LANES + e * LANES + 2 * half;
                 for (int64_t i = 0; i < 16; i++) _mm512_storeu_si512(to + i * 2 * LANES, x[i]);
             }
@@ -285,7 +284,7 @@ void pair_tile(const Rules& r, const qr_op& op, const int32_t* pages, int64_t st
                     slopes[n] = r.slopes ? r.slopes[h * r.group + p % r.group] : 0.0f;
                 }
             PairStep step{r, scaled<C> ? key_scales : nullptr, scaled<C> ? value_scales : nullptr, j0, seen, places,
-                          r.slopes ? slopes : nullptr, masked, plain};
+                          r.slopes ? slopes : nullptr, plain};
             float *tops = memory.tops + p0, *totals = memory.totals + p0, *sums = memory.sums + p0 * width;
             __m512 top0 = _mm512_set1_ps(NEVER), top1 = top0;
             for (int64_t n = 0; n < seen; n += 8)
@@ -310,7 +309,7 @@ void pair_tile(const Rules& r, const qr_op& op, const int32_t* pages, int64_t st
                 __m512i x[16];
                 for (int64_t i = 0; i < 16; i++)
                     x[i] = _mm512_loadu_si512(memory.sums + (b * width + least(e + i, memory.wide - 1)) * LANES + half);
-                transpose(x);
+                turn_words(x, reinterpret_cast<char*>(x), 64);
                 for (int64_t i = 0; i < least(16, rows - b * LANES - half); i++) {
                     int64_t p = b * LANES + half + i, head = h * r.group + p % r.group;
                     auto* out = static_cast<bf16*>(op.p[6]) + (start + begin + p / r.group) * op.i[8];

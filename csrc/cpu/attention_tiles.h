@@ -62,10 +62,12 @@ inline void pack_keys(const C* const* keys, int64_t count, int64_t size, float* 
         for (int64_t e = 0; e < size; e++) panel[e * TILE_KEYS + j] = j < count ? to_float(keys[j][e]) * by : 0.0f;
     }
 }
-// Values as rows: panel[j][e].
+// Values low .. count as rows: panel[j][e]; zeros before them.
 template <class C>
-inline void pack_values(const C* const* values, int64_t count, int64_t size, int64_t padded, float* panel) {
-    for (int64_t j = 0; j < count; j++) {
+inline void pack_values(const C* const* values, int64_t low, int64_t count, int64_t size, int64_t padded,
+                        float* panel) {
+    for (int64_t n = 0; n < low * padded; n += W) store(panel + n, zero());
+    for (int64_t j = low; j < count; j++) {
         V by = set(1.0f);
         if constexpr (scaled<C>) by = set(scale_of(values[j], size));
         for (int64_t e = 0; e < padded; e += W)
@@ -113,15 +115,16 @@ void prefill_tile(const Rules& r, const qr_op& op, const int32_t* pages, int64_t
         memory.tops[p] = NEVER;
         memory.totals[p] = 0.0f;
     }
-    int64_t past = length - count, first = most(0, past + begin - r.window + 1) / TILE_KEYS * TILE_KEYS;
+    int64_t past = length - count, low = most(0, past + begin - r.window + 1), first = low / TILE_KEYS * TILE_KEYS;
     int64_t stop = length ? least(length, past + end) : 0;
     for (int64_t j0 = first; j0 < stop; j0 += TILE_KEYS) {
         int64_t here = least(TILE_KEYS, stop - j0);
         const C *keys[TILE_KEYS], *values[TILE_KEYS];
-        for (int64_t j = j0; j < j0 + here; j++) {
+        for (int64_t n = 0; n < here; n++) {
+            int64_t j = most(low, j0 + n);  // what lies in front of every window is never read
             int64_t slot = most(pages[j / r.block], 0) * r.block + j % r.block;
-            keys[j - j0] = static_cast<const C*>(op.p[1]) + slot * op.i[9] + h * r.row;
-            values[j - j0] = static_cast<const C*>(op.p[2]) + slot * op.i[9] + h * r.row;
+            keys[n] = static_cast<const C*>(op.p[1]) + slot * op.i[9] + h * r.row;
+            values[n] = static_cast<const C*>(op.p[2]) + slot * op.i[9] + h * r.row;
         }
         float* panel_v = memory.panels + TILE_KEYS * r.padded;
         pack_keys(keys, here, r.size, memory.panels);
@@ -138,7 +141,7 @@ void prefill_tile(const Rules& r, const qr_op& op, const int32_t* pages, int64_t
                     store(v, mul(load(v), set(shrink)));
                 }
         }
-        pack_values(values, here, r.size, r.padded, panel_v);
+        pack_values(values, most(0, low - j0), here, r.size, r.padded, panel_v);
         tile_multiply(memory.probs, stride_p, rows, panel_v, r.padded, here, memory.values, true);
     }
     for (int64_t p = 0; p < rows; p++) {

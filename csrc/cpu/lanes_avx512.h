@@ -7,7 +7,9 @@
 
 constexpr int64_t LANES_FROM = 12;          // up to so many tokens dot products (linear.h) are as fast
 constexpr int64_t LANES_FROM_BYTES = 8;     // the same of integers
-constexpr int64_t LANES_REST = 8;           // tokens beyond a multiple of 16 that are left to dot products
+// Tokens beyond a multiple of 16 that are left to dot products. Those sum in another order: the last bits of a token's
+// outputs depend on its place in the step, and where two logits are all but equal another one may win.
+constexpr int64_t LANES_REST = 8;
 constexpr int LANES_ROWS = 8;               // weight rows of a tile: rows 4 KiB apart share one set of 8 lines in L1
 constexpr int LANES_GROUPS = 3;            // groups of 16 tokens of a tile, at most: 24 registers of sums
 constexpr int64_t LANES_STRIP = 128 << 10;  // of weights before the next tokens: they stay in the L2 cache
@@ -16,7 +18,7 @@ constexpr int64_t LANES_BYTES = 4 << 20;   // of turned tokens at a time: they a
 // Groups of the next tile when `left` are left: no single one at the end that 2 and 2 avoid.
 template <class Form> inline int64_t groups_of(int64_t left) { return left == 4 ? 2 : least(left, Form::groups); }
 
-// 16 rows of 16 words as 16 rows of the words' lanes, `pitch` bytes apart.
+// 16 rows of 16 words as 16 rows of the words' lanes, `pitch` bytes apart; `to` may be `a`.
 inline void turn_words(const __m512i* a, char* to, int64_t pitch) {
     __m512i b[16];
     for (int r = 0; r < 16; r += 4) {  // 4 x 4 words in each of the 4 parts of a register
@@ -66,15 +68,21 @@ struct Strip {
     int64_t stride;
 };
 
+// What to ask for on the way, a line for a line of each row: rows `stride` bytes apart, of `bytes` each (0: nothing).
+struct Ahead {
+    const char* rows;
+    int64_t stride, bytes;
+};
+
 // The words of `rows` weight rows (`w`, `stride` bytes apart) with G groups of turned tokens, by `product`, for the words
-// up to byte `bytes`; `near`: what to ask for on the way, a line for a line of each row; null where nothing.
+// begin .. end in bytes.
 template <int N, int G, class Sum, class Product>
-inline void lanes_words(const char* w, int64_t stride, const char*& x, int64_t begin, int64_t end, const char* near,
-                        int64_t near_stride, Sum (&a)[N][G], Product product) {
+inline void lanes_words(const char* w, int64_t stride, const char*& x, int64_t begin, int64_t end,
+                        const Ahead& ahead, Sum (&a)[N][G], Product product) {
     const char *w0 = w, *w3 = w + 3 * stride, *w6 = w + 6 * stride;  // the others are one or two strides from these
     for (int64_t line = begin; line < end; line += 64) {
-        if (near)
-            for (int n = 0; n < N; n++) _mm_prefetch(near + n * near_stride + line, _MM_HINT_T1);
+        if (line < ahead.bytes)
+            for (int n = 0; n < N; n++) _mm_prefetch(ahead.rows + n * ahead.stride + line, _MM_HINT_T1);
         for (int64_t k = line, stop = least(line + 64, end); k < stop; k += 4, x += 64 * G) {
             __m512i y[G];
             for (int g = 0; g < G; g++) y[g] = _mm512_loadu_si512(x + 64 * g);
@@ -117,7 +125,8 @@ template <bool Q> struct PairLanes {
         return {room, wide};
     }
     template <int G>
-    void tile(const Strip& rows, int64_t n, int64_t, int step, const char* x, const char* near, float* out) const {
+    void tile(const Strip& rows, int64_t n, int64_t, int step, const char* x, const char* ahead,
+              float* out) const {
         constexpr int N = LANES_ROWS;
         __m512 a[N][G];
         for (int i = 0; i < N; i++)
@@ -125,7 +134,8 @@ template <bool Q> struct PairLanes {
         auto product = [](__m512 to, __m512i y, __m512i v) { return _mm512_dpbf16_ps(to, (__m512bh)y, (__m512bh)v); };
         const char* w = rows.base + n * rows.stride;
         int64_t by = step * rows.stride, whole = 2 * size & ~int64_t(3);
-        lanes_words(w, by, x, 0, whole, near, stride, a, product);
+        int64_t bytes = Q ? size * op.i[7] / 8 : whole;  // of a row as it lies in memory
+        lanes_words(w, by, x, 0, whole, Ahead{ahead, stride, ahead ? bytes : 0}, a, product);
         if (whole < 2 * size)
             for (int i = 0; i < N; i++) {
                 uint16_t half;
@@ -209,18 +219,19 @@ template <class T, int bits> struct ByteLanes {
     }
     static int64_t stride_of(int64_t size) { return bits == 8 ? size : size / 2; }
     template <int G>
-    void tile(const Strip& rows, int64_t n, int64_t first, int step, const char* x, const char* near, float* out) const {
+    void tile(const Strip& rows, int64_t n, int64_t first, int step, const char* x, const char* ahead,
+              float* out) const {
         constexpr int N = bits == 8 ? LANES_ROWS : LANES_ROWS / 2;
         auto product = [](__m512i to, __m512i y, __m512i v) { return _mm512_dpbusd_epi32(to, v, y); };
         for (int half = 0; half < LANES_ROWS; half += N) {
             const char *from = rows.base + (n + half * step) * rows.stride, *y = x;
-            const char* ask = near ? near + half * stride : nullptr;
+            const char* ask = ahead ? ahead + half * stride : nullptr;
             __m512i a[N][G];
             if constexpr (bits == 8) {
                 for (int i = 0; i < N; i++)
                     for (int g = 0; g < G; g++) a[i][g] = _mm512_loadu_si512(y + 64 * g);
                 y += 64 * G;
-                lanes_words(from, step * rows.stride, y, 0, size, ask, stride, a, product);
+                lanes_words(from, step * rows.stride, y, 0, size, Ahead{ask, stride, ask ? size : 0}, a, product);
                 for (int i = 0; i < N; i++)
                     for (int g = 0; g < G; g++)
                         _mm512_storeu_ps(out + (i * G + g) * 16, _mm512_cvtepi32_ps(a[i][g]));
@@ -233,8 +244,8 @@ template <class T, int bits> struct ByteLanes {
                 for (int i = 0; i < N; i++)
                     for (int g = 0; g < G; g++) a[i][g] = _mm512_loadu_si512(y + 64 * g);
                 y += 64 * G;
-                const char* each = ask && k % 128 == 0 ? ask + k / 2 : nullptr;
-                lanes_words(from + k, step * rows.stride, y, 0, group, each, stride, a, product);
+                bool each = ask && k % 128 == 0;  // a line of 64 bytes holds 128 of them
+                lanes_words(from + k, step * rows.stride, y, 0, group, Ahead{each ? ask + k / 2 : nullptr, stride, each ? 64 : 0}, a, product);
                 for (int i = 0; i < N; i++) {
                     __m512 by = _mm512_set1_ps(w.scale[(first + (half + i) * step) * w.groups + k / 32]);
                     for (int g = 0; g < G; g++)
@@ -278,8 +289,8 @@ inline void lanes_strip(const Form& form, const Strip& rows, int64_t first, int6
             int64_t at = n + h;
             float* to = part + h * wide;
             if (at + LANES_ROWS <= count) {
-                const char* near = ask ? form.row(first + at + count) : nullptr;
-                form.template tile<G>(rows, at, first + at, 1, x, near, to);
+                const char* ahead = ask ? form.row(first + at + count) : nullptr;
+                form.template tile<G>(rows, at, first + at, 1, x, ahead, to);
                 continue;
             }
             for (; at < count; at++, to += wide) {  // the few that are left, each in the place of all
@@ -310,15 +321,15 @@ template <class Form, class C> void linear_lanes(const qr_op& op, Context& c) {
     auto* memory = static_cast<char*>(c.shared(size_t(all + few_bytes + (chunk + rest) * int64_t(sizeof(float)))));
     auto* few = memory + all;
     auto* scales = reinterpret_cast<float*>(few + few_bytes);
-    int64_t strip = most(16, least(LINEAR_ROWS, LANES_STRIP / form.stride / 16 * 16)), wide = form.room(strip);
+    int64_t strip = most(16, least(LINEAR_ROWS, LANES_STRIP / most(form.stride, 64) / 16 * 16)), wide = form.room(strip);
     auto* room = static_cast<char*>(c.scratch(size_t(most(2 * wide, form.room(16)))));
     alignas(64) float sums[2][16 * LANES_GROUPS * LINEAR_ROWS];
     // The sums of tokens `token` .. become outputs first ..
-    auto deliver = [&](int64_t token, int64_t some, const float* scales, int64_t first, int64_t count) {
+    auto deliver = [&](int64_t token, int64_t some, const float* by, int64_t first, int64_t count) {
         for (int64_t t = 0; t < some; t++) {
             float *one = sums[0] + t * LINEAR_ROWS, *two = sums[1] + t * LINEAR_ROWS;
             for (int half = 0; half < halves && Form::scaled; half++)
-                form.scale(first + half * outputs, count, scales[t], sums[half] + t * LINEAR_ROWS);
+                form.scale(first + half * outputs, count, by[t], sums[half] + t * LINEAR_ROWS);
             finish<A, A, C>(op, token + t, first, count, halves > 1 ? two : one, halves > 1 ? one : nullptr);
         }
     };

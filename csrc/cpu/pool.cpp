@@ -64,7 +64,7 @@ void* Arena::get(size_t bytes) {
         std::free(data);
         size = (bytes + (bytes >> 2) + 4095) & ~size_t(4095);
         data = std::aligned_alloc(4096, size);
-        if (!data) std::abort();  // a few megabytes at most: there is no going on without them
+        if (!data) std::abort();  // some megabytes: there is no going on without them
     }
     return data;
 }

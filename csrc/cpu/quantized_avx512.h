@@ -162,8 +162,7 @@ struct Nibbles {
     static constexpr bool scale_rows = false;
     static constexpr int64_t ahead = 2 * LINEAR_AHEAD;
     static inline int64_t bytes(int64_t size) { return padded(size) / 128 * 192; }
-    static constexpr int tokens_at_once = 4;
-    static inline int64_t room(int64_t size) { return 36 * padded(size); }
+    static inline int64_t room(int64_t size) { return padded(size); }
     static inline void arrange(const int8_t* plain, int64_t size, int8_t* to) {
         __m512i even = _mm512_set1_epi16(255), eights = _mm512_set1_epi8(8);
         __m512i order = _mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7);

@@ -194,15 +194,21 @@ inline float natural(float x) {
     return f + (f * z * p - 2.12194440e-4f * e - 0.5f * z) + 0.693359375f * e;
 }
 
-// Standard Gumbel noise from words, as ops/philox.py.
+// Standard Gumbel noise from words, as ops/philox.py. log1p(-u) by Kahan: what 1 - u lost is made good by a ratio. Short
+// loops, each of which the compiler makes into vectors.
 inline void gumbel(const uint32_t* words, float* noise) {
+    float u[TOKENS], gap[TOKENS], inner[TOKENS];
     for (int64_t i = 0; i < TOKENS; i++) {
-        float u = float(words[i]) * 0x1p-32f + 0x1p-33f;
-        u = u < 1.0f - 0x1p-24f ? u : 1.0f - 0x1p-24f;
-        float rest = 1.0f - u, gap = 1.0f - rest;  // log1p(-u) by Kahan: what 1 - u lost is made good by a ratio
-        float far = natural(rest) * (u / (gap > 0.0f ? gap : 1.0f));
-        noise[i] = -natural(gap > 0.0f ? -far : u);
+        float v = float(words[i]) * 0x1p-32f + 0x1p-33f, most_v = 1.0f - 0x1p-24f;
+        u[i] = v < most_v ? v : most_v;
     }
+    for (int64_t i = 0; i < TOKENS; i++) inner[i] = 1.0f - u[i], gap[i] = 1.0f - inner[i];
+    for (int64_t i = 0; i < TOKENS; i++) inner[i] = -natural(inner[i]);
+    for (int64_t i = 0; i < TOKENS; i++) {
+        float some = gap[i] > 0x1p-30f ? gap[i] : 1.0f, ratio = inner[i] * (u[i] / some);
+        inner[i] = gap[i] > 0x1p-30f ? ratio : u[i];
+    }
+    for (int64_t i = 0; i < TOKENS; i++) noise[i] = -natural(inner[i]);
 }
 
 struct Leader {
@@ -219,10 +225,16 @@ inline void score_block(const Row& row, int64_t block, float low, const qr_op& o
     int64_t begin = block * TOKENS, size = row.end(block) - begin;
     for (int64_t d = 0; d < size; d++) {
         float x = row.x[begin + d], score = noise[d] + x;
-        if (x >= low && score > leader.second) {
-            if (score > leader.best) leader = {score, leader.best, begin + d};
-            else leader.second = score;
-        }
+        noise[d] = x >= low ? score : NEVER;
+    }
+    for (int64_t d = size; d < TOKENS; d++) noise[d] = NEVER;
+    V top = set(NEVER);
+    for (int64_t d = 0; d < TOKENS; d += W) top = maximum(load(noise + d), top);
+    if (!(largest(top) > leader.second)) return;
+    for (int64_t d = 0; d < size; d++) {
+        if (!(noise[d] > leader.second)) continue;
+        if (noise[d] > leader.best) leader = {noise[d], leader.best, begin + d};
+        else leader.second = noise[d];
     }
 }
 

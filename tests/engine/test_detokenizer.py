@@ -41,7 +41,8 @@ def test_any_text_comes_back(kind: str, text: str) -> None:
     tokenizer = trained(kind)
     ids = tokenizer.encode(text)
     assert pushed(Detokenizer(tokenizer), [], ids, True) == tokenizer.decode(ids)
-    if kind != "metaspace":  # whose vocabulary does not hold all characters
+    special = tokenizer.backend.get_added_tokens_decoder().keys() & set(ids)  # the text of one is left out
+    if kind != "metaspace" and not special:  # whose vocabulary does not hold all characters
         assert tokenizer.decode(ids) == text
 
 

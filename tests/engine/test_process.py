@@ -251,3 +251,23 @@ def test_the_core_dies_with_its_front_end() -> None:
         assert time.monotonic() < until, "the core has outlived its front end"
         time.sleep(0.05)
     assert not os.path.exists(folder)
+
+
+def test_what_was_asked_of_a_lost_core_is_answered_with_an_error(start: Callable[..., AsyncLLM]) -> None:
+    llm = start()
+
+    async def main() -> None:
+        core = client(llm)
+        ask = partial(core.ask, "block_map")
+        assert (await asyncio.wrap_future(await llm.post(ask)))["total"] == (await llm.stats()).blocks_total
+        pid = core._child.process.pid
+        os.kill(pid, signal.SIGSTOP)
+        waiting = asyncio.wrap_future(await llm.post(ask))
+        done, _ = await asyncio.wait([waiting], timeout=0.3)
+        assert not done
+        assert (await llm.stats()).blocks_total, "nobody else waits for the answer"
+        os.kill(pid, signal.SIGKILL)
+        with pytest.raises(EngineError, match="has ended"):
+            await waiting
+
+    asyncio.run(main())

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from quire.layers.slots import walk_slots
 from quire.loading import load_model
+from quire.loading.mapped import _index, mapped_bytes
 from tests.loading.test_loading import CPU, GPT2, LLAMA, config, llama_tensors, same
 
 # The order of a file is that of the names, dtypes apart: gate_proj and up_proj are neighbours, q, k and v are not.
@@ -125,6 +126,60 @@ def test_what_cannot_be_mapped_is_copied(tmp_path: Path, case: str) -> None:
         model = load(bare)
         assert mapped(model) == mapped(usual)
         assert same(model, usual)
+
+
+def test_bytes_that_stay_mapped(tmp_path: Path) -> None:
+    tensors = llama_tensors(WIDE)
+    save_file(tensors, tmp_path / "model.safetensors")
+    model = load(tmp_path)
+    copied = sum(t.nbytes for name, t in tensors.items() if any(f"{n}_proj" in name for n in ("q", "k", "v")))
+    assert mapped_bytes(model) == sum(t.nbytes for t in tensors.values()) - copied
+    before, table = mapped_bytes(model), model.get_parameter("model.embed_tokens.weight")
+    model.get_submodule("model.embed_tokens").weight = None
+    assert mapped_bytes(model) == before - table.nbytes
+
+
+BROKEN: list[Any] = [
+    {"data_offsets": [-96, -64]},  # of the right length, but in the header
+    {"data_offsets": [64, 32]},
+    {"data_offsets": [0, 1 << 40]},
+    {"data_offsets": [0.0, 32.0]},
+    {"data_offsets": [False, 32]},
+    {"data_offsets": [0, 16, 32]},
+    {"data_offsets": 32},
+    {"shape": [-2, -4]},
+    {"shape": [2.0, 4]},
+    {"shape": ["2", 4]},
+    {"shape": 8},
+    {"shape": [3, 4]},
+    {"dtype": ["F32"]},
+    [],
+    None,
+]
+
+
+@pytest.mark.parametrize("change", BROKEN, ids=str)
+def test_a_header_that_is_not_as_it_should_be_maps_nothing(tmp_path: Path, change: Any) -> None:
+    def write(entry: Any) -> Path:
+        header = json.dumps({"a": entry, "__metadata__": {"format": "pt"}}).encode()
+        file = tmp_path / "model.safetensors"
+        file.write_bytes(len(header).to_bytes(8, "little") + header + bytes(64))
+        return file
+
+    good = {"dtype": "F32", "shape": [2, 4], "data_offsets": [32, 64]}
+    assert [name for name, _ in _index(write(good))] == ["a"]
+    assert _index(write({**good, **change} if isinstance(change, dict) else change)) == []
+
+
+@pytest.mark.parametrize("header", [b"[" * 500_000, b'{"a": {', b"[]", b"\xff", b""], ids=lambda h: str(h[:8]))
+def test_a_header_that_is_none_maps_nothing(tmp_path: Path, header: bytes) -> None:
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(len(header).to_bytes(8, "little") + header)
+    assert _index(file) == []
+    file.write_bytes((1 << 40).to_bytes(8, "little") + header)
+    assert _index(file) == []
+    file.write_bytes(header[:3])
+    assert _index(file) == []
 
 
 def test_pages_of_a_weight_that_is_let_go_are_given_back(tmp_path: Path) -> None:

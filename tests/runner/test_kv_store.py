@@ -99,7 +99,7 @@ def test_each_layer_has_its_groups_place_in_the_shared_tensors() -> None:
 
 def test_a_page_costs_what_its_tensors_do() -> None:
     for groups in (FULL, MIX):
-        for dtype in (torch.float32, torch.bfloat16):
+        for dtype in (torch.float32, torch.bfloat16, torch.int8):
             arch = tiny_arch(sum(len(group.layers) for group in groups))
             store = KVStore(arch, groups, 7, 0, 4, dtype, torch.device("cpu"))
             total = sum(tensor.numel() * tensor.element_size() for tensor in store.tensors)

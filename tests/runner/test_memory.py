@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from quire import LLM
 from quire.config.schema import (
     CacheConfig,
     Config,
@@ -19,6 +20,7 @@ from quire.config.schema import (
     SchedulerConfig,
 )
 from quire.core.scheduler import Scheduler
+from quire.loading.mapped import mapped_bytes
 from quire.runner import memory
 from quire.runner.kv_store import page_bytes
 from quire.types.errors import ClientError
@@ -74,6 +76,39 @@ def test_a_cpu_takes_half_of_what_is_free_but_no_more_than_all_rows_can_fill(mon
     assert count(length=32, world=2) == 10, "ranks share the memory"
     monkeypatch.setattr(memory, "_free_host_memory", lambda: 1 << 40)
     assert count() == 3 * 16, "three sequences of 64 tokens"
+
+
+def test_mapped_weights_are_not_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The system counts pages of files as memory that can be had."""
+    monkeypatch.setattr(memory, "_free_host_memory", lambda: 64 * PAGE)
+    assert memory.num_blocks(config(), FULL, torch.float32, CPU, mapped=24 * PAGE) == 20
+    with pytest.raises(ClientError, match=r"gets 0\.00 GiB"):
+        memory.num_blocks(config(), FULL, torch.float32, CPU, mapped=65 * PAGE)
+    assert memory.num_blocks(config(kv_cache_memory_bytes=20 * PAGE), FULL, torch.float32, CPU, mapped=1 << 40) == 20
+
+
+@pytest.mark.parametrize("quantization", [None, "int8"])
+def test_the_worker_subtracts_what_stays_mapped(quantization: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[int] = []
+    plain = memory.num_blocks
+
+    def watched(*args: Any) -> int:
+        taken.append(args[4])
+        return plain(*args)
+
+    monkeypatch.setattr(memory, "num_blocks", watched)
+    with LLM("demo", skip_tokenizer_init=True, quantization=quantization) as llm:
+        client: Any = llm.llm_engine.client
+        model = client._executor.worker._runner._model
+        held = {id(p): p.nbytes for p in model.parameters()}
+    assert taken == [mapped_bytes(model)]
+    assert 0 < taken[0] <= sum(held.values())
+    assert taken[0] > 1 << 20 or quantization == "int8"
+
+
+def test_memory_that_is_not_there_is_refused_in_one_line() -> None:
+    with pytest.raises(ClientError, match=r"cannot be allocated \(\d+ bytes cannot be had\): lower"):
+        LLM("demo", kv_cache_memory_bytes="200T", skip_tokenizer_init=True)
 
 
 def test_a_sliding_group_needs_its_window_and_a_chunk_only() -> None:

@@ -17,10 +17,12 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from torch import nn
 
 from quire import LLM, SamplingParams
-from quire.ops.native.bound import kernels
-from quire.ops.native.library import load
+from quire.ops.native.bound import most_tokens
+from quire.ops.native.kernels import ANY, Kernels
+from quire.ops.native.library import Pool, load
 from quire.ops.native.recorder import Buffers
 from quire.runner.replay import HostReplay, NoReplay
 
@@ -104,7 +106,7 @@ def test_steps_of_any_size_are_recorded(engines: tuple[LLM, LLM], shapes: list[t
     watch: Any = replay
     sizes: list[int] = []
     taken: list[bool] = []
-    takes, most = replay.takes, min(STEP, kernels().few)
+    takes, most = replay.takes, STEP
 
     def watched(plan: Any) -> bool:
         if len(plan.rows):
@@ -121,6 +123,21 @@ def test_steps_of_any_size_are_recorded(engines: tuple[LLM, LLM], shapes: list[t
     assert taken == [size <= most for size in sizes]
     assert [c.token_ids for c in recorded] == [c.token_ids for c in eager]
     assert [c.logprobs for c in recorded] == [c.logprobs for c in eager]
+
+
+@needs_library
+def test_only_plain_bf16_layers_are_limited() -> None:
+    native = Kernels(Pool(1), few=8)
+
+    def layer(op: str, weight: Any) -> nn.Module:
+        module: Any = nn.Module()
+        module.op, module.weight = getattr(native, op), weight
+        return module
+
+    half, whole = (torch.zeros(2, 2, dtype=dtype) for dtype in (torch.bfloat16, torch.float32))
+    assert most_tokens(nn.ModuleList([layer("linear", whole), layer("linear", half)])) == 8
+    others = [layer("linear", whole), layer("quantized_linear", object()), layer("rms_norm", half)]
+    assert most_tokens(nn.ModuleList([*others, layer("embedding", half)])) == ANY
 
 
 @needs_library

@@ -8,6 +8,7 @@ import pytest
 
 from quire.utils import devices, optional
 from quire.utils.logging import get_logger, level_name, setup_logging
+from quire.utils.pages import untouched
 
 
 @pytest.mark.parametrize(
@@ -24,6 +25,13 @@ from quire.utils.logging import get_logger, level_name, setup_logging
 )
 def test_visible_devices(value: str | None, expected: list[int]) -> None:
     assert devices.visible_devices(value, 3) == expected
+
+
+@pytest.mark.parametrize("size", [200 << 40, 1 << 70])
+def test_memory_that_cannot_be_had_is_a_memory_error(size: int) -> None:
+    with pytest.raises(MemoryError, match=f"{size} bytes cannot be had"):
+        untouched(size)
+    assert not untouched(5000).any()
 
 
 def test_this_machine_is_described() -> None:

@@ -216,6 +216,7 @@ class ServerArgs(_Checked):
     enable_log_requests: bool = arg(False, "Log each request's id, size and parameters.", "Server")
     disable_uvicorn_access_log: bool = arg(False, "No line in the log for each answer.", "Server")
     disable_fastapi_docs: bool = arg(False, "Do not serve /openapi.json and /docs.", "Server")
+    disable_ui: bool = arg(False, "Do not serve the page at / (a playground and a live view of the engine), nor /engine/stats and /engine/blocks, which it reads.", "Server")
     enable_request_id_headers: bool = arg(False, "Accepted.", "Server", harmless="every answer has the header X-Request-Id")
     enable_prompt_tokens_details: bool = arg(False, "Accepted.", "Server", harmless="usage always tells how many prompt tokens were cached")
     profiler_dir: str | None = arg(None, "Folder for the traces of /start_profile and /stop_profile, which are refused without it.", "Server")

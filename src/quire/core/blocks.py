@@ -7,7 +7,7 @@ A page is *held* (count > 0), *cached* (count 0, its content findable under its 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 Key = tuple[int, bytes]
 """(KV group, chained hash of all tokens up to the page's end)."""
@@ -48,6 +48,10 @@ class BlockPool:
     @property
     def held(self) -> int:
         return self._used - len(self._unheld)
+
+    def contents(self) -> Collection[int]:
+        """The pages whose content can be found, held or cached."""
+        return self._index.values()
 
     def count(self, block: int) -> int:
         return self._count[block]

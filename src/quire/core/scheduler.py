@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Collection
 
+from quire.core.blockmap import MAX_CELLS, block_map
 from quire.core.commit import InFlight, commit
 from quire.core.decoding import decoding_of
 from quire.core.kvcache import KVCacheManager
@@ -20,7 +21,7 @@ from quire.types.errors import ClientError
 from quire.types.kv import KVGroup, pages_needed
 from quire.types.plan import Plan, StepResult
 from quire.types.request import Delta, FinishReason, Request
-from quire.types.stats import EngineStats
+from quire.types.stats import BlockMap, EngineStats
 
 FIRST_TOKENS = 8192  # what a growing pool of pages holds from the beginning
 
@@ -225,6 +226,10 @@ class Scheduler:
             waiting_tokens=state.waiting.tokens,
             received=count.received,
         )
+
+    def block_map(self, first: int = 0, count: int = 0, cells: int = MAX_CELLS) -> BlockMap:
+        """Who holds the blocks `first .. first+count-1` (count 0: all from `first` on), in at most `cells` cells."""
+        return block_map(self._state, first, count, cells)
 
     def check(self) -> None:
         """Assert every invariant that the books must keep, between two calls."""

@@ -11,6 +11,8 @@ import time
 from collections import deque
 from dataclasses import dataclass
 
+import msgspec
+
 from quire.config.schema import Config
 from quire.core.scheduler import Scheduler
 from quire.engine.trial import Trial
@@ -19,7 +21,7 @@ from quire.runner.logits import has_processors
 from quire.types.errors import EngineError
 from quire.types.plan import Plan
 from quire.types.request import Delta, Request
-from quire.types.stats import EngineStats
+from quire.types.stats import BlockMap, EngineStats
 
 log = logging.getLogger(__name__)
 
@@ -187,6 +189,12 @@ class EngineCore:
 
     def reset_prefix_cache(self) -> bool:
         return self._scheduler.reset_prefix_cache()
+
+    def block_map(self, first: int = 0, count: int = 0) -> BlockMap:
+        """Who holds the blocks `first .. first+count-1`; a count of 0: all from `first` on."""
+        begin = time.thread_time()  # what others do on the machine is not its cost
+        found = self._scheduler.block_map(first, count)
+        return msgspec.structs.replace(found, seconds=time.thread_time() - begin)
 
     def wake(self) -> None:
         """Have `step` return soon; here it never waits for anything but the device."""

@@ -169,10 +169,7 @@ class _RequestState:
         if self.beam and (ended := [s for s in self.sequences if s.finish_reason is not None]):
             self.sequences = ended
             return True
-        for sequence in self.sequences:  # a loop: asked for each token of each request
-            if sequence.finish_reason is None:
-                return False
-        return True
+        return all(sequence.finish_reason is not None for sequence in self.sequences)
 
     def output(self, finished: bool) -> RequestOutput | None:
         """What is to be told now, if anything is."""

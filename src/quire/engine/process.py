@@ -15,6 +15,7 @@ import os
 import tempfile
 import time
 from collections import deque
+from concurrent.futures import Future
 from typing import Any
 
 import msgspec
@@ -92,7 +93,7 @@ class ProcessClient:
         self._live: dict[str, _Live] = {}
         self._suspects: deque[str] = deque()  # the first one is being tried, and nothing new begins meanwhile
         self._late: list[Delta] = []  # for the next `step`
-        self._replies: dict[int, wire.Reply] = {}
+        self._asked: dict[int, tuple[str, Future[Any]]] = {}
         self._calls = 0
         self._stats = EngineStats()
         self._before: EngineStats | None = None
@@ -179,23 +180,27 @@ class ProcessClient:
     def reset_prefix_cache(self) -> bool:
         return self.call("reset_prefix_cache")
 
-    def call(self, method: str, *arguments: Any) -> Any:
-        """The answer of one of `wire.CALLS`. Raises `EngineError`."""
+    def ask(self, method: str, *arguments: Any) -> Future[Any]:
+        """The answer of one of `wire.CALLS`, when it comes: `EngineError` where it does not. Raises `EngineError`."""
         if not self._ready:
             raise EngineError("the engine's process is being started again")
         self._calls += 1
-        number, starts = self._calls, self.restarts
-        self._send(wire.Call(number, method, list(arguments)))
+        future: Future[Any] = Future()
+        future.set_running_or_notify_cancel()  # whoever does not wait for it any more leaves it as it is
+        self._asked[self._calls] = method, future
+        self._send(wire.Call(self._calls, method, list(arguments)))
+        return future
+
+    def call(self, method: str, *arguments: Any) -> Any:
+        """As `ask`, and waits. Raises `EngineError`."""
+        future = self.ask(method, *arguments)
         until = time.monotonic() + _CALL_S
-        while number not in self._replies:
+        while not future.done():
             left = until - time.monotonic()
-            if left <= 0 or self.restarts != starts:
+            if left <= 0:
                 raise EngineError(f"{method}: the engine's process does not answer")
             self._turn(left)
-        reply = self._replies.pop(number)
-        if reply.error is not None:
-            raise EngineError(f"{method}: {reply.error}")
-        return reply.value
+        return future.result()
 
     def shutdown(self) -> None:
         """End the process, in bounded time. May be repeated."""
@@ -227,6 +232,8 @@ class ProcessClient:
 
     def _drop(self) -> None:
         self._ready = False
+        for number in list(self._asked):
+            self._answered(wire.Reply(number, error="the engine's process has ended"))
         self._child.kill()
         self._child.channel.close()
         self._socket.close()
@@ -251,7 +258,7 @@ class ProcessClient:
             if message.number == HELLO:
                 _unlink(self._folder, _SOCKET)  # connected: a crash leaves nothing behind now
                 return
-            self._replies[message.number] = message
+            self._answered(message)
             return
         self._stats = message.stats
         self._starts = 0
@@ -266,6 +273,13 @@ class ProcessClient:
                 self._suspects.popleft()
                 self._begin()
         self._late += message.deltas
+
+    def _answered(self, reply: wire.Reply) -> None:
+        method, future = self._asked.pop(reply.number)
+        if reply.error is not None:
+            future.set_exception(EngineError(f"{method}: {reply.error}"))
+        else:
+            future.set_result(reply.value)
 
     def _hear(self) -> None:
         """The channel says that the core is ready, or how it ended."""

@@ -43,7 +43,7 @@ class Stop(msgspec.Struct, tag=True):
     """Finish: the core's process ends."""
 
 
-CALLS = ("hello", "reset_prefix_cache", "start_profile", "stop_profile")
+CALLS = ("hello", "block_map", "reset_prefix_cache", "start_profile", "stop_profile")
 ToCore = Add | Abort | End | Call | Stop
 
 

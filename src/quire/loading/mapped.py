@@ -66,6 +66,16 @@ def map_parameters(model: nn.Module, folder: Path, load_format: str, dtype: torc
     return mapped
 
 
+def mapped_bytes(model: nn.Module) -> int:
+    """Bytes of the parameters that are mapped still; those that were quantized have been let go."""
+    sizes: dict[int, int] = {}
+    for _, module, name, slot in walk_slots(model):
+        parameter = getattr(module, name)
+        if slot.mapped and isinstance(parameter, nn.Parameter):
+            sizes[id(parameter)] = parameter.nbytes
+    return sum(sizes.values())
+
+
 def _run(
     pieces: Iterable[tuple[Part, _Stored | None]], shape: tuple[int, ...], dtype: torch.dtype
 ) -> tuple[mmap.mmap, int, int] | None:
@@ -102,8 +112,8 @@ def _forget(mapping: mmap.mmap, begin: int, end: int) -> None:
 
 
 def _index(path: Path) -> list[tuple[str, _Stored]]:
-    """The tensors of a file by its header: a length in 8 bytes, then JSON. None for a file that is not as it should be:
-    who reads it tensor by tensor finds out what is wrong, and says so."""
+    """The tensors of a file by its header: a length in 8 bytes, then JSON. None of them where something is not as
+    it should be: who reads the file tensor by tensor finds out what is wrong, and says so."""
     try:
         with path.open("rb") as file:
             mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
@@ -111,17 +121,21 @@ def _index(path: Path) -> list[tuple[str, _Stored]]:
         if length > min(LARGEST_HEADER, len(mapping) - 8):
             return []
         header: Mapping[str, Any] = json.loads(mapping[8 : 8 + length])
-        found = [
-            (name, _Stored(mapping, *_place(entry, 8 + length), DTYPES[entry["dtype"]], tuple(entry["shape"])))
+        return [
+            (name, _stored(mapping, 8 + length, entry))
             for name, entry in header.items()
             if name != "__metadata__" and entry["dtype"] in DTYPES
         ]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return []
-    sound = all(t.end - t.start == t.dtype.itemsize * prod(t.shape) and t.end <= len(mapping) for _, t in found)
-    return found if sound else []
 
 
-def _place(entry: Mapping[str, Any], base: int) -> tuple[int, int]:
+def _stored(mapping: mmap.mmap, base: int, entry: Mapping[str, Any]) -> _Stored:
+    """The tensor of an entry of a header, its data behind `base`. Raises `ValueError` for one that cannot be."""
     begin, end = entry["data_offsets"]
-    return base + begin, base + end
+    shape, dtype = tuple(entry["shape"]), DTYPES[entry["dtype"]]
+    if any(type(number) is not int or number < 0 for number in (begin, end, *shape)):
+        raise ValueError("a place or a size is no whole number")
+    if base + end > len(mapping) or end - begin != dtype.itemsize * prod(shape):
+        raise ValueError("the place does not fit the file or the shape")
+    return _Stored(mapping, base + begin, base + end, dtype, shape)

@@ -7,7 +7,7 @@ at each scrape; what has a distribution is observed as it happens. Nothing is gl
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -34,6 +34,15 @@ def tokens_upto(most: int) -> list[int]:
         out += [v for k in (1, 2, 5) if (v := k * scale) <= most]
         scale *= 10
     return out
+
+
+class Latency(NamedTuple):
+    """A distribution of seconds: `counts[i]` observations are at most `bounds[i]` and above the bound before; the last
+    count is of those above all bounds. `sum`: of all observations."""
+
+    bounds: list[float]
+    counts: list[int]
+    sum: float
 
 
 class Metrics:
@@ -144,6 +153,11 @@ class Metrics:
             if planned is not None:
                 self._prefill.observe(max(0.0, first - planned))
 
+    def latencies(self) -> dict[str, Latency]:
+        """The distributions of a request's times so far, by name."""
+        named = {"ttft": self._ttft, "inter_token": self._gap, "e2e": self._e2e, "queue": self._queue}
+        return {name: _latency(histogram) for name, histogram in named.items()}
+
     # -- what is scraped ---------------------------------------------------------------------------------------------
 
     def render(self) -> bytes:
@@ -211,3 +225,11 @@ class Metrics:
 def worst(reasons: Sequence[str]) -> str:
     """Of a request's sequences, the end that tells most."""
     return max(reasons, key=REASONS.index, default="abort")
+
+
+def _latency(histogram: Any) -> Latency:
+    (family,) = histogram.collect()
+    upto = [(s.labels["le"], int(s.value)) for s in family.samples if s.name.endswith("_bucket")]
+    counts = [count - before for (_, count), (_, before) in zip(upto, [("", 0), *upto[:-1]], strict=True)]
+    total = next(s.value for s in family.samples if s.name.endswith("_sum"))
+    return Latency([float(bound) for bound, _ in upto[:-1]], counts, total)

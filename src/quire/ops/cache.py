@@ -39,7 +39,8 @@ def read_rows(rows: Tensor, head_dim: int) -> Tensor:
 
 
 def write_kv(k_TKE: Tensor, v_TKE: Tensor, kv: Tensor, slots_T: Tensor) -> None:
-    """Stores each token's key and value at its slot (int64, page * B + offset; -1: nowhere), rounded to the cache's type.
+    """Stores each token's key and value, rounded to the cache's type, at its slot (int64, page * B + offset; -1:
+    nowhere).
 
     Static shapes and no host sync, so that a graph can capture it: a token without a slot repeats the write of the
     first token that has one (the same value twice is harmless), and where none has, slot 0 gets back what it holds.

@@ -68,17 +68,27 @@ class QuantizedWeight:
         return (q.unflatten(-1, (scale.shape[-1], -1)).float() * scale.unsqueeze(-1)).flatten(-2)
 
 
+# Numbers quantized at a time: what is made of them on the way stays in the caches, and takes no memory of its own.
+CHUNK = 1 << 17
+
+
 def quantize_weight(weight_ND: Tensor, bits: int, group: int, dynamic: bool) -> QuantizedWeight:
     """Round to nearest, symmetric, each group of `group` inputs (0: the whole row) scaled by its largest magnitude."""
-    inputs = weight_ND.shape[1]
-    w = weight_ND.float().unflatten(-1, (-1, group or inputs))
+    outputs, inputs = weight_ND.shape
+    group = group or inputs
+    q = weight_ND.new_empty((outputs, inputs * bits // 8), dtype=torch.int8 if bits == 8 else torch.uint8)
+    scale = weight_ND.new_empty((outputs, inputs // group), dtype=torch.float32)
     largest = (1 << (bits - 1)) - 1
-    scale = w.abs().amax(-1).clamp(min=1e-12) / largest
-    q = (w / scale.unsqueeze(-1)).round().clamp(-largest, largest).to(torch.int8).flatten(-2)
-    if bits == 4:
-        halves = (q + 8).to(torch.uint8)
-        q = halves[:, 0::2] | (halves[:, 1::2] << 4)
-    return QuantizedWeight(q.contiguous(), scale.contiguous(), bits, dynamic, inputs)
+    rows = max(1, CHUNK // max(1, inputs))
+    for part, q_part, scale_part in zip(weight_ND.split(rows), q.split(rows), scale.split(rows), strict=True):
+        w = part.to(torch.float32, copy=True).unflatten(-1, (-1, group))
+        torch.div(w.abs().amax(-1).clamp_(min=1e-12), largest, out=scale_part)
+        rounded = w.div_(scale_part.unsqueeze(-1)).round_().clamp_(-largest, largest).flatten(-2)
+        if bits == 4:
+            halves = rounded.add_(8).to(torch.uint8)
+            rounded = halves[:, 0::2] | (halves[:, 1::2] << 4)
+        q_part.copy_(rounded)
+    return QuantizedWeight(q, scale, bits, dynamic, inputs)
 
 
 def quantize_tokens(x_TD: Tensor) -> tuple[Tensor, Tensor]:

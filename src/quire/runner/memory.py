@@ -24,12 +24,14 @@ def num_host_blocks(config: Config, groups: tuple[KVGroup, ...], dtype: torch.dt
     return int(config.cache.swap_space * GIB) // page
 
 
-def num_blocks(config: Config, groups: tuple[KVGroup, ...], dtype: torch.dtype, device: torch.device) -> int:
-    """Device pages, after the model was loaded.
+def num_blocks(
+    config: Config, groups: tuple[KVGroup, ...], dtype: torch.dtype, device: torch.device, mapped: int = 0
+) -> int:
+    """Device pages, after the model was loaded, `mapped` bytes of it from files: the system counts those as free.
 
     A given number or size is taken as it is. Else, on a GPU, what `gpu_memory_utilization` of its memory leaves beside
-    everything in use; on a CPU at most half of the memory that is free, and never more than all rows at their longest
-    could fill (pages that are not used cost nothing there).
+    everything in use; on a CPU at most half of the memory that is free beside the mapped weights, and never more than
+    all rows at their longest could fill (pages that are not used cost nothing there).
     """
     cache, arch = config.cache, config.model.arch
     page = page_bytes(arch, groups, cache.block_size, dtype)
@@ -47,7 +49,7 @@ def num_blocks(config: Config, groups: tuple[KVGroup, ...], dtype: torch.dtype, 
             f"gpu_memory_utilization={cache.gpu_memory_utilization} of {total / GIB:.1f} GiB, {free / GIB:.1f} free"
         )
     else:
-        share = _free_host_memory() // (2 * config.parallel.world_size)
+        share = max(0, _free_host_memory() - mapped) // (2 * config.parallel.world_size)
         budget = min(share, longest * config.scheduler.max_num_seqs * page)
         source = "at most: half of the free memory, or what max_num_seqs sequences can fill; taken as it is used"
     count = budget // page

@@ -21,7 +21,7 @@ from torch import Tensor
 from quire.layers.step import AttentionMeta, GroupMeta, Step
 from quire.models.base import CausalLM
 from quire.ops.native import program
-from quire.ops.native.bound import kernels_of
+from quire.ops.native.bound import kernels_of, most_tokens
 from quire.ops.native.kernels import Kernels
 from quire.ops.native.recorder import Recorder, Unrecordable, record
 from quire.runner.kv_store import KVStore
@@ -70,7 +70,7 @@ class HostReplay:
 
     def __init__(self, model: CausalLM, table: RequestTable, store: KVStore, native: Kernels, max_tokens: int) -> None:
         pool = native.pool
-        self._max_tokens = min(max_tokens, native.few)
+        self._max_tokens = min(max_tokens, most_tokens(model))
         self._max_rows = min(table.padding_row, self._max_tokens)
         # Sizes are told apart by their numbers while recording, so no two are equal. A row is sampled once at most.
         samples = self._max_rows + 1
@@ -121,7 +121,7 @@ class HostReplay:
         lengths = table.length_R.numpy()
         starts = np.where(plan.upper, lengths[rows], plan.starts) if plan.upper.any() else plan.starts
         ends = starts + counts
-        decode_only = total == num_rows
+        decode_only = int(counts.max()) == 1 and total == num_rows
         if decode_only:
             rows_T, index_T, cu_q = rows, starts, np.arange(num_rows + 1)
         else:

@@ -8,7 +8,7 @@ The order for a row: logprobs of the raw logits; allowed_token_ids, bad_words, m
 processors; grammar; penalties; argmax if greedy, else temperature, min_p, top_k, top_p and the draw.
 
 Until `Sampled.finish` nothing waits for the device, except where a row has host-side processors. With static shapes,
-so that a graph can record them: `sample_greedy`, and `sample_general` for one (max_k, nucleus).
+so that a graph can record them: `sample_greedy`, and the op `sample` for one (max_k, nucleus).
 
 Shape legend: S sampled rows, G rows of a group, V vocabulary, L prompt tokens.
 """

@@ -13,10 +13,11 @@ import torch
 from quire.config.hub import tokenizer_folder
 from quire.config.schema import Config
 from quire.loading import load_model
+from quire.loading.mapped import mapped_bytes
 from quire.loading.passes import DTYPES
 from quire.models.base import CausalLM, kv_groups
 from quire.ops.dispatch import Binder
-from quire.ops.native.bound import kernels_of
+from quire.ops.native.bound import most_tokens
 from quire.ops.native.kernels import ANY
 from quire.ops.sampling import SAMPLE
 from quire.runner import memory
@@ -63,7 +64,7 @@ class Worker:
         )
         self.kv_groups: tuple[KVGroup, ...] = kv_groups(arch, config.model.max_model_len)
         kv_dtype = KV_DTYPES[config.cache.kv_cache_dtype]
-        self.num_blocks = memory.num_blocks(config, self.kv_groups, kv_dtype, self.device)
+        self.num_blocks = memory.num_blocks(config, self.kv_groups, kv_dtype, self.device, mapped_bytes(model))
         self.num_host_blocks = memory.num_host_blocks(config, self.kv_groups, kv_dtype)
         try:
             store = KVStore(arch, self.kv_groups, self.num_blocks, self.num_host_blocks, size, kv_dtype, self.device)
@@ -100,7 +101,6 @@ def _leave_the_cores_to_native_threads(model: CausalLM, ops: Binder) -> None:
     """After each parallel operation torch's threads spin for milliseconds, on the very cores that the native threads
     want next: a step of a 135M model took 17 ms instead of 10. Where every linear layer runs in the native library,
     whatever is left to torch is small, and one thread is enough for it."""
-    native = kernels_of(model)
     chosen = {choice.chosen for choice in ops.report() if choice.op in ("linear", "quantized_linear", "attention")}
-    if chosen == {"native"} and native is not None and native.few == ANY:
+    if chosen == {"native"} and most_tokens(model) == ANY:
         torch.set_num_threads(1)

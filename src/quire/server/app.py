@@ -18,7 +18,7 @@ from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 
-from quire.server import protocol
+from quire.server import live, page, protocol
 from quire.server.chat import chat, render
 from quire.server.completions import complete, generate
 from quire.server.errors import ApiError, api_error
@@ -81,6 +81,9 @@ def build(served: Served) -> Any:
     _generation(app, served)
     _models(app, served)
     _operation(app, served)
+    if not served.args.disable_ui:
+        page.routes(app, ERRORS)
+        live.routes(app, served, ERRORS)
     guarded: Any = Guard(app, served)
     if served.args.allowed_origins:
         guarded = CORSMiddleware(

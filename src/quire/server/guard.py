@@ -13,12 +13,14 @@ import time
 import uuid
 from typing import Any
 
+from quire.server import page
 from quire.server.errors import ApiError, unavailable
 from quire.server.served import Served
 
 log = logging.getLogger("quire.access")
 
-OPEN = frozenset({"/health", "/ready", "/ping"})  # no key, and always an answer
+OPEN = frozenset({"/health", "/ready", "/ping", *page.FILES})  # no key, and always an answer
+UNLOGGED = OPEN | {"/metrics", "/engine/stats", "/engine/blocks"}  # asked for again and again
 ADMIN = OPEN | {"/metrics", "/version", "/load", "/openapi.json", "/docs", "/redoc", "/v1/models"}
 
 
@@ -74,7 +76,7 @@ class Guard:
         route = scope.get("route")
         handler = getattr(route, "path", "none")
         self._served.metrics.answered(scope["method"], handler, status)
-        if self._served.args.disable_uvicorn_access_log or scope["path"] in OPEN or scope["path"] == "/metrics":
+        if self._served.args.disable_uvicorn_access_log or scope["path"] in UNLOGGED:
             return
         client = scope.get("client") or ("-", 0)
         path = scope["raw_path"].decode("latin-1")  # as it was sent: nobody writes lines of his own into the log

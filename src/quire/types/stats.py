@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import msgspec
 
 
@@ -37,3 +39,46 @@ class EngineStats(msgspec.Struct, frozen=True):
     @property
     def prefix_hit_rate(self) -> float:
         return self.prefix_hits / self.prefix_queries if self.prefix_queries else 0.0
+
+
+class Holder(msgspec.Struct, frozen=True):
+    """A request in the map of blocks. `number`: its place in the order of arrival. `sequences` are those that have not
+    ended; `output_tokens` what they have made; `computed` how many tokens of the longest are in the cache;
+    `cached_tokens` how much of the prompt the prefix cache gave. `blocks` it holds, of which others, or several of its
+    sequences, hold `shared` too; `host_blocks` are swapped out."""
+
+    number: int
+    id: str
+    state: Literal["running", "waiting", "preempted"]
+    sequences: int
+    prompt_tokens: int
+    output_tokens: int
+    computed: int
+    cached_tokens: int
+    blocks: int
+    shared: int
+    host_blocks: int
+    preemptions: int
+
+
+class BlockMap(msgspec.Struct, frozen=True):
+    """Who holds the KV blocks `first .. first+count-1` of `total`, in cells of `per_cell` blocks (the last may have
+    fewer).
+
+    `runs` has five numbers for each run of equal cells: cells in the run; in each of them, blocks held and blocks
+    cached (the others are free); the number of the request that holds the first held block, -1 where none is held (of
+    requests that share a block, the first to come); the most holders that one of its blocks has. `last` is the last
+    block of the pool that holds or remembers anything, -1 if none. `requests` are first come first, `unlisted` more are
+    there. `seconds`: what making the map cost the engine.
+    """
+
+    total: int
+    block_size: int
+    first: int
+    count: int
+    per_cell: int
+    last: int
+    runs: list[int]
+    requests: list[Holder]
+    unlisted: int = 0
+    seconds: float = 0.0

@@ -154,6 +154,26 @@ def test_nan_is_not_lost(kernels: Of) -> None:
         assert out[-1, 2:].isnan().all() and not out[-1, :2].isnan().any()
 
 
+def test_what_lies_before_the_window_is_not_read(kernels: Of) -> None:
+    """Its page may be another row's by now, or hold anything."""
+    for count, int8, dtype in product((1, 13, 70), (False, True), BOUNDS):
+        world = World.make(4, [(200, count)], (4, 2), 16, 16, dtype, int8)
+        first = (200 - count - 20 + 1) // 16
+        gone = world.group.block_tables_RP[0, :first].long()
+        assert len(gone)
+        for each in world.kv.unbind():
+            rows = torch.full((len(gone), 16, 2, 16), torch.nan)
+            each[gone] = quantize_rows(rows) if int8 else rows.to(dtype)
+        out = kernels(2).attention(world.q, world.k, world.v, world.kv, world.group, world.meta, 0.3, window=20)
+        assert out.isfinite().all()
+
+
+def test_many_long_rows_are_not_all_split(kernels: Of) -> None:
+    world = World.make(6, [(70_000, 1)] * 3, (2, 1), 8, 64, torch.float32)
+    alone = world.check(kernels(1), scale=0.3)
+    assert torch.equal(world.check(kernels(3), scale=0.3), alone)
+
+
 def test_a_wrong_page_shows(kernels: Of) -> None:
     """A negative control: the comparison is not blind."""
     world = World.make(5, [(40, 1), (60, 30)], (4, 2), 32, 8, torch.bfloat16)

@@ -161,6 +161,14 @@ def test_linear(
     assert (out[:, outputs:] == 7.0).all()
 
 
+def test_linear_of_one_row_for_all_outputs(kernels: Of) -> None:
+    """An expanded weight: its rows are no bytes apart."""
+    for dtype in BOUNDS:
+        x, row = randn(40, 64, dtype=dtype), randn(1, 64, dtype=dtype, seed=1)
+        got = kernels(2).linear(x, row.expand(50, 64), None)
+        assert close(got, (x.double() @ row.double().T).expand(40, 50), dtype, terms=1.0)
+
+
 @EXAMPLES
 @given(rows=st.integers(1, 40), vocab=st.one_of(st.integers(1, 300), st.just(9000)), dtype=DTYPES, data=st.data())
 def test_argmax_is_the_greedy_draw(kernels: Of, rows: int, vocab: int, dtype: torch.dtype, data: st.DataObject) -> None:

@@ -11,7 +11,7 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from quire.ops.native.kernels import ANY, FEW_BESIDE_AMX, Kernels
 from quire.ops.native.library import Pool
@@ -32,6 +32,19 @@ def kernels_of(model: nn.Module) -> Kernels | None:
     """Those that the ops of a model are bound to, if any are native."""
     owners = (getattr(getattr(module, "op", None), "__self__", None) for module in model.modules())
     return next((owner for owner in owners if isinstance(owner, Kernels)), None)
+
+
+def most_tokens(model: nn.Module) -> int:
+    """Tokens up to which all native ops of a model run in the library: linear layers in bf16 may be torch's from some
+    number on."""
+    linear = (getattr(module, "op", None) for module in model.modules() if _in_bf16(module))
+    owners = (getattr(op, "__self__", None) for op in linear if getattr(op, "__name__", "") == "linear")
+    return min((owner.few for owner in owners if isinstance(owner, Kernels)), default=ANY)
+
+
+def _in_bf16(module: nn.Module) -> bool:
+    weight = getattr(module, "weight", None)
+    return isinstance(weight, Tensor) and weight.dtype == torch.bfloat16
 
 
 def __getattr__(name: str) -> Callable[..., Any]:

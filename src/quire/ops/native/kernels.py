@@ -210,19 +210,25 @@ class Kernels:
         nucleus: bool,
         static: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Rows that the kernel leaves undecided (one in 50,000 of plain ones) go to the reference, scaled already."""
+        """Rows that the kernel leaves undecided (one in some ten thousand) go to the reference, scaled already."""
         x_SV, rows = _rows(logits_SV), logits_SV.shape[0]
         tokens_S = self.empty((rows,), torch.int64)
         top_S, low_S = (self.empty((rows,), torch.float32) for _ in range(2))
-        each = [t.contiguous() for t in (temperature_S, log_min_p_S, top_k_S, top_p_S, greedy_S)]
-        of = Noise(*(t.contiguous() for t in noise))
-        self.pool.run(program.sample(x_SV, *each, of, tokens_S, top_S, low_S, self.count(rows)))
+        temperature_S, log_min_p_S = temperature_S.contiguous(), log_min_p_S.contiguous()
+        top_k_S, top_p_S, greedy_S = top_k_S.contiguous(), top_p_S.contiguous(), greedy_S.contiguous()
+        noise = Noise(noise.seed.contiguous(), noise.sample.contiguous(), noise.position.contiguous())
+        op = program.sample(
+            x_SV, temperature_S, log_min_p_S, top_k_S, top_p_S, greedy_S, noise, tokens_S, top_S, low_S,
+            self.count(rows),
+        )  # fmt: skip
+        self.pool.run(op)
         if x_SV is not logits_SV:
             logits_SV.copy_(x_SV)
-        if int(tokens_S.amin()) < 0:
-            at = (tokens_S < 0).nonzero().squeeze(1)
-            _, *rest = (t[at] for t in each)
+        open_S = tokens_S < 0
+        if open_S.any():
+            at = open_S.nonzero().squeeze(1)
             tokens_S[at], top_S[at], low_S[at] = sampling.sample(
-                x_SV[at], torch.ones(len(at)), *rest, of.take(at), max_k, nucleus, static
-            )
+                x_SV[at], torch.ones(len(at)), log_min_p_S[at], top_k_S[at], top_p_S[at], greedy_S[at], noise.take(at),
+                max_k, nucleus, static,
+            )  # fmt: skip
         return tokens_S, top_S, low_S

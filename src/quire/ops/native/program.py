@@ -149,8 +149,8 @@ def heads(
     q_out_THE: Tensor | None = None, k_out_TKE: Tensor | None = None, q_norm_E: Tensor | None = None,
     k_norm_E: Tensor | None = None, eps: float = 0.0,
 ) -> Operation:  # fmt: skip
-    """Head norm, rotation and KV write (kv: (2, N, B, K, E), or in int8 as `ops.cache` says), each where its tensors are
-    given."""
+    """Head norm, rotation and KV write, each where its tensors are given. `kv`: (2, N, B, K, E), or in int8 as
+    `ops.cache` says."""
     some = next(x for x in (q_THE, k_TKE, v_TKE) if x is not None)
     h_q = 0 if q_THE is None else q_THE.shape[1]
     h_kv = next((x.shape[1] for x in (k_TKE, v_TKE) if x is not None), 0)

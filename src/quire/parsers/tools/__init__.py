@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 from quire.parsers.registry import Parsers
 from quire.types.errors import ClientError
@@ -19,13 +19,15 @@ from quire.types.errors import ClientError
 Tool = Mapping[str, Any]  # {"type": "function", "function": {"name", "description", "parameters", "strict"}}
 
 
-class Content(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Content:
     """New text that belongs to no call."""
 
     text: str
 
 
-class CallStart(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class CallStart:
     """Call number `index` begins. `id` is what the model called it, where its format has that."""
 
     index: int
@@ -33,7 +35,8 @@ class CallStart(NamedTuple):
     id: str | None = None
 
 
-class CallArguments(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class CallArguments:
     """More of the JSON text of a call's arguments."""
 
     index: int
