@@ -21,8 +21,8 @@ from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 import numpy as np
-
 from benchmarks.server.process import ServerProcess, Use, use
+
 from quire.cli.remote import Remote
 from quire.types.errors import EngineError
 

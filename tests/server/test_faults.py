@@ -1,4 +1,4 @@
-"""The fault matrix: what happens to the front end, the engine or clients, at each moment of a server's life. Whatever it
+"""The fault matrix: what befalls the front end, the engine or clients, at each moment of a server's life. Whatever it
 is, every request ends in time with an answer or a typed error, nothing is left behind, and the books balance.
 
 Continuous integration takes a core of the matrix; `make soak` all of it.

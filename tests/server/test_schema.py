@@ -1,5 +1,5 @@
-"""What the OpenAPI document says is true, for whatever it lets a client send: no endpoint fails, every answer is as it is
-described, and the server answers as before afterwards."""
+"""What the OpenAPI document says is true, for whatever it lets a client send: no endpoint fails, every answer is as the
+document has it, and the server answers as before afterwards."""
 
 from __future__ import annotations
 

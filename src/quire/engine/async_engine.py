@@ -198,10 +198,11 @@ class AsyncLLM:
         """The result of `function`, called in the engine's thread between two steps. Raises what it raises."""
         return await self._call(function)
 
-    @property
-    def unadded(self) -> int:
-        """Requests that were submitted and have not come to the engine yet."""
-        return self._unadded
+    def queue(self) -> tuple[EngineStats, int]:
+        """The core's last statistics, and how many requests that were submitted they do not know of yet."""
+        with self._wake:
+            stats, unseen = self._engine.client.queue()
+            return stats, unseen + self._unadded
 
     def stalled(self) -> float:
         """Seconds for which there has been work and nothing was computed."""
@@ -347,10 +348,10 @@ class AsyncLLM:
         return not stopping
 
     def _add(self, stream: Stream, draft: Draft, priority: int) -> None:
-        with self._wake:
-            self._unadded -= 1
         try:
-            self._engine.add(draft, stream.id, priority, stream.name)
+            with self._wake:  # whoever counts the queue sees a request there or here, and once
+                self._unadded -= 1
+                self._engine.add(draft, stream.id, priority, stream.name)
         except Exception as e:  # the core refused it: say, a pool too small for its prompt
             error = e
             if not isinstance(e, QuireError):

@@ -97,7 +97,7 @@ class ProcessClient:
         self._calls = 0
         self._stats = EngineStats()
         self._before: EngineStats | None = None
-        self._sent = 0
+        self._meant = 0  # requests that the core has been given, or will be
         self._closed = False
         self._ready = False
         self._starts = 0
@@ -124,19 +124,20 @@ class ProcessClient:
             text = f"extra_args cannot be sent to the engine's process: {error}"
             raise ClientError(text, "extra_args") from error
         live = self._live[request.id] = _Live(request)
+        self._meant += 1
         if self._ready and not self._suspects:
             self._give(live, data)
 
     def abort(self, request_ids: list[str]) -> None:
         for name in request_ids:
-            self._live.pop(name, None)
+            self._forget(name)
         if self._ready:
             self._send(wire.Abort(request_ids))
             self._try()
 
     def end(self, request_id: str, index: int, at: int) -> None:
         if (live := self._live.get(request_id)) is not None and live.end(index):
-            del self._live[request_id]
+            self._forget(request_id)
         if self._ready:
             self._send(wire.End(request_id, index, at))
             self._try()
@@ -168,10 +169,10 @@ class ProcessClient:
         """As of the core's last step; counters go on where the last process left off."""
         return self._stats if self._before is None else _added(self._stats, self._before)
 
-    @property
-    def unseen(self) -> int:
-        """Requests that the last statistics do not know of yet."""
-        return self._sent - self._stats.received
+    def queue(self) -> tuple[EngineStats, int]:
+        """The core's last statistics, and how many requests they do not know of yet."""
+        stats = self._stats
+        return stats, max(0, self._meant - stats.received)
 
     def take_steps(self) -> list[int]:
         """How many tokens each step since the last call computed. From any thread."""
@@ -300,7 +301,7 @@ class ProcessClient:
 
     def _connect(self, ready: wire.Ready) -> None:
         self._socket.connect(self._address)
-        self._stats, self.seconds, self._sent = ready.stats, ready.seconds, 0
+        self._stats, self.seconds = ready.stats, ready.seconds
         self._ready = True
         self._since = time.monotonic()
         self.progress = time.monotonic()
@@ -324,7 +325,10 @@ class ProcessClient:
     def _give(self, live: _Live, data: bytes) -> None:
         self._socket.send(data)
         live.sent = True
-        self._sent += 1
+
+    def _forget(self, name: str) -> None:
+        if (live := self._live.pop(name, None)) is not None and not live.sent:
+            self._meant -= 1
 
     def _guilty(self) -> list[str]:
         """Of whose work the core died, as far as that can be told; counts the deaths of all."""
@@ -355,6 +359,7 @@ class ProcessClient:
         self._suspects.clear()
         for live in self._live.values():
             live.sent = False
+        self._meant = len(self._live)
         self._start()
 
     def _send(self, message: wire.ToCore) -> None:
