@@ -34,7 +34,7 @@ AT_START = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
 def sizes(most: int) -> list[int]:
-    """Rows that there may be a graph for, rising, up to `most`: padding is a fifth of a step at the most, mostly less."""
+    """Rows that there may be a graph for, rising, up to `most`: padding is at most a fifth of a step."""
     steps = [1, 2, 4, *range(8, 64, 8), *range(64, 256, 16), *range(256, 512, 32), *range(512, most + 64, 64)]
     return [*(size for size in steps if size < most), most]
 
