@@ -148,12 +148,13 @@ class Graphs:
         """Rows of the graph that serves `count` rows."""
         return int(self._sizes[np.searchsorted(self._sizes, count)])
 
-    def prepare(self, these: Iterable[int] = AT_START) -> float:
-        """Captures the graphs of these sizes; the seconds that it took."""
+    def prepare(self, these: Iterable[int] = AT_START) -> tuple[int, float]:
+        """Captures the graphs of these sizes, the largest first; how many, and the seconds that it took."""
         begin = time.monotonic()
-        for count in sorted({self.size(n) for n in these if n <= self._sizes[-1]}, reverse=True):
+        due = sorted({self.size(n) for n in these if n <= self._sizes[-1]}, reverse=True)
+        for count in due:
             self.capture(count)
-        return time.monotonic() - begin
+        return len(due), time.monotonic() - begin
 
     def _send(self, plan: Plan, size: int, tables: bool) -> None:
         count, total = len(plan.rows), self._lines * size
