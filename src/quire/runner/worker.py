@@ -77,8 +77,9 @@ class Worker:
             config.scheduler.max_num_seqs, config.model.max_model_len, size, len(self.kv_groups), sampler, self.device
         )
         budget = config.scheduler.max_num_batched_tokens
-        replay = make_replay(model, table, store, self.device, budget, config.model.enforce_eager)
-        self._runner = ModelRunner(model, store, table, sampler, replay, self.device, config.scheduler.depth)
+        depth = config.scheduler.depth
+        replay = make_replay(model, table, store, self.ops, self.device, budget, depth, config.model.enforce_eager)
+        self._runner = ModelRunner(model, store, table, sampler, replay, self.device, depth)
         if self.device.type == "cpu":
             _leave_the_cores_to_native_threads(model, self.ops)
 
