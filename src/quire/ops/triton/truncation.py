@@ -251,9 +251,7 @@ def _limit(total, share):
 
 
 @triton.jit
-def _from_list(
-    xs, tokens, numbers, count, todo, top, floor, k, share, all_mass, mass_above, whole, SIZE: tl.constexpr
-):
+def _from_list(xs, tokens, numbers, count, todo, top, floor, k, share, all_mass, mass_above, whole, SIZE: tl.constexpr):
     """(threshold, whether it was found, the draw or `LOWEST`) from a row's list of `count` tokens."""
     lane = tl.arange(0, SIZE)
     inside = lane < count
@@ -282,9 +280,7 @@ def _from_list(
         token = tl.load(tokens + lane, mask=inside, other=0)
         score = x
         if tl.load(numbers + STILL) == 0:
-            words = words_at(
-                token, tl.load(numbers + POSITION), tl.load(numbers + SAMPLE), tl.load(numbers + SEED)
-            )
+            words = words_at(token, tl.load(numbers + POSITION), tl.load(numbers + SAMPLE), tl.load(numbers + SEED))
             score += gumbel(words)
         draw = tl.max(tl.where(inside & (x >= low), pack(score, token), LOWEST), 0)
     return low, found, draw
@@ -312,9 +308,7 @@ def _weight_of_row(line, vocab: tl.constexpr, heat, top, key, WEIGHED: tl.conste
 
 
 @triton.jit
-def _from_row(
-    line, vocab: tl.constexpr, heat, top, need, below, above, WEIGHED: tl.constexpr, TILE: tl.constexpr
-):
+def _from_row(line, vocab: tl.constexpr, heat, top, need, below, above, WEIGHED: tl.constexpr, TILE: tl.constexpr):
     """The largest key that tokens of at least it weigh `need`: between the keys `below`, which do, and `above`."""
     while below < above:
         middle = (below + above + 1) >> 1
