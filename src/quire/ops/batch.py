@@ -1,6 +1,6 @@
 """The inputs of a step in which every row decodes, from the device's rows: the op `decode_batch`.
 
-Owns: its meaning and the buffers that it fills, which stay where they are so that a graph can read them. Knows no plans.
+Owns: its meaning and the buffers that it fills, which stay where they are so that a graph can read them.
 
 Shape legend: X device rows and one for padding, B rows of the step, G KV groups, P pages of a row.
 """
@@ -46,16 +46,22 @@ class DecodeBuffers:
     @classmethod
     def empty(cls, rows: int, pages: Sequence[int], device: torch.device) -> DecodeBuffers:
         """For up to `rows` rows; `pages`: P of each group."""
-        longs = [torch.zeros(rows, dtype=torch.int64, device=device) for _ in range(3 + len(pages))]
-        tables = [torch.zeros((rows, each), dtype=torch.int32, device=device) for each in pages]
-        return cls(*longs[:3], torch.zeros(rows, dtype=torch.int32, device=device), longs[3:], tables)
+        rows_B, tokens_B, positions_B, *slots_B = (
+            torch.zeros(rows, dtype=torch.int64, device=device) for _ in range(3 + len(pages))
+        )
+        lengths_B = torch.zeros(rows, dtype=torch.int32, device=device)
+        tables_BP = [torch.zeros((rows, each), dtype=torch.int32, device=device) for each in pages]
+        return cls(rows_B, tokens_B, positions_B, lengths_B, slots_B, tables_BP)
 
     def first(self, rows: int) -> DecodeBuffers:
         """Those of the first `rows` rows."""
         return DecodeBuffers(
-            *(t[:rows] for t in (self.rows_B, self.tokens_B, self.positions_B, self.lengths_B)),
-            [t[:rows] for t in self.slots_B],
-            [t[:rows] for t in self.tables_BP],
+            self.rows_B[:rows],
+            self.tokens_B[:rows],
+            self.positions_B[:rows],
+            self.lengths_B[:rows],
+            [slots_B[:rows] for slots_B in self.slots_B],
+            [tables_BP[:rows] for tables_BP in self.tables_BP],
         )
 
 

@@ -11,9 +11,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from quire.ops import native, triton
 from quire.ops.cache import write_kv
 from quire.ops.dispatch import REGISTRY
-from quire.ops.native import register
 from quire.ops.norm import rms_norm
 from quire.ops.rotary import rotary
 
@@ -47,4 +47,5 @@ def heads(
 
 
 HEADS = REGISTRY.op("heads", heads)
-register(HEADS)
+native.register(HEADS)
+triton.register(HEADS, "heads:heads")

@@ -10,6 +10,9 @@ import torch
 from quire.ops.dispatch import Case
 from quire.utils.optional import available
 
+# Features of a token that a norm holds in registers at most.
+WIDEST = 16384
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -30,3 +33,8 @@ def refusal(case: Case) -> str | None:
 def integers(case: Case) -> str | None:
     """For ops on integers: the model's type does not matter."""
     return refusal(replace(case, dtype=torch.float32))
+
+
+def supports_norm(case: Case) -> str | None:
+    size = case.shapes.get("size", 0)
+    return refusal(case) or (None if size <= WIDEST else f"norms {WIDEST} features at most, not {size}")
