@@ -16,6 +16,8 @@ Shape legend: S rows, V vocabulary, P parts of a row, N blocks of a row, L lengt
 # pyright: reportPossiblyUnboundVariable=false
 from __future__ import annotations
 
+from functools import partial
+
 import triton
 import triton.language as tl
 
@@ -58,9 +60,9 @@ def row_top(tops, row, parts, PARTS: tl.constexpr):
 
 
 @triton.jit
-def row_floor(floats, row, top):
-    """The threshold of min_p."""
-    share = tl.load(floats + row * 8 + LOG_MIN_P)
+def row_floor(floats, top):
+    """The threshold of min_p, of the row whose memory is given."""
+    share = tl.load(floats + LOG_MIN_P)
     return tl.where(share == float("-inf"), share, top + share)
 
 
@@ -104,7 +106,7 @@ def _narrow(sums, row, parts, top, floor, share, FIRST: tl.constexpr, PARTS: tl.
 
 @triton.jit
 def _pivot(highest, lowest, j):
-    return tl.where(j == 7, lowest, highest + (lowest - highest) * ((j + 1).to(tl.float32) * 0.125))
+    return tl.where(j == 7, lowest, highest + (lowest - highest) * ((j + 1) * 0.125))
 
 
 @triton.jit
@@ -135,7 +137,7 @@ def weigh(
         tl.store(floats + row * 8 + BOUND, bound)
     if (todo == NUCLEUS) & (tl.abs(top) < _INF):
         heat = tl.load(floats + row * 8 + HEAT)
-        floor = row_floor(floats, row, top)
+        floor = row_floor(floats + row * 8, top)
         total = 0.0
         if ROUND == 0:
             block = tl.arange(0, N2)
@@ -193,7 +195,7 @@ def weigh(
     release(PDL)
 
 
-@Kernel
+@partial(Kernel, fused=False)
 def gather(
     logits, tops, floats, numbers, peaks, sums, masses, counts, list_x, list_token, TILES,
     stride: tl.constexpr, vocab: tl.constexpr, N: tl.constexpr, L: tl.constexpr,
@@ -208,7 +210,7 @@ def gather(
     # an infinite top is the nucleus; NaN and a masked row have none
     if (todo != DONE) & (top > float("-inf")) & ((top < _INF) | (todo != NUCLEUS)):
         heat = tl.load(floats + row * 8 + HEAT)
-        floor = row_floor(floats, row, top)
+        floor = row_floor(floats + row * 8, top)
         below, above, reach = floor, _INF, floor
         if todo == KTH:
             below = tl.maximum(tl.load(floats + row * 8 + BOUND), floor)
@@ -251,9 +253,7 @@ def _limit(total, share):
 
 
 @triton.jit
-def _from_list(
-    xs, tokens, numbers, count, todo, top, floor, k, share, all_mass, mass_above, whole, SIZE: tl.constexpr
-):
+def _from_list(xs, tokens, numbers, count, todo, top, floor, k, share, all_mass, mass_above, whole, SIZE: tl.constexpr):
     """(threshold, whether it was found, the draw or `LOWEST`) from a row's list of `count` tokens."""
     lane = tl.arange(0, SIZE)
     inside = lane < count
@@ -282,9 +282,7 @@ def _from_list(
         token = tl.load(tokens + lane, mask=inside, other=0)
         score = x
         if tl.load(numbers + STILL) == 0:
-            words = words_at(
-                token, tl.load(numbers + POSITION), tl.load(numbers + SAMPLE), tl.load(numbers + SEED)
-            )
+            words = words_at(token, tl.load(numbers + POSITION), tl.load(numbers + SAMPLE), tl.load(numbers + SEED))
             score += gumbel(words)
         draw = tl.max(tl.where(inside & (x >= low), pack(score, token), LOWEST), 0)
     return low, found, draw
@@ -312,9 +310,7 @@ def _weight_of_row(line, vocab: tl.constexpr, heat, top, key, WEIGHED: tl.conste
 
 
 @triton.jit
-def _from_row(
-    line, vocab: tl.constexpr, heat, top, need, below, above, WEIGHED: tl.constexpr, TILE: tl.constexpr
-):
+def _from_row(line, vocab: tl.constexpr, heat, top, need, below, above, WEIGHED: tl.constexpr, TILE: tl.constexpr):
     """The largest key that tokens of at least it weigh `need`: between the keys `below`, which do, and `above`."""
     while below < above:
         middle = (below + above + 1) >> 1
@@ -326,7 +322,7 @@ def _from_row(
     return unorder(below.to(tl.int32))
 
 
-@Kernel
+@partial(Kernel, fused=False)
 def settle(
     logits, tops, floats, numbers, masses, counts, list_x, list_token, draws, P,
     stride: tl.constexpr, vocab: tl.constexpr, L: tl.constexpr, PARTS: tl.constexpr, TILE: tl.constexpr,
@@ -340,7 +336,7 @@ def settle(
     todo = tl.load(numbers + TODO)
     if todo != DONE:
         top = row_top(tops, row, P, PARTS)
-        floor = row_floor(floats - row * 8, row, top)
+        floor = row_floor(floats, top)
         share = tl.load(numbers + TOP_P).to(tl.float64, bitcast=True)
         k = tl.load(numbers + TOP_K)
         low, found = float("-inf"), 1
@@ -370,11 +366,10 @@ def settle(
             if found == 0:
                 line, heat = logits + row.to(tl.int64) * stride, tl.load(floats + HEAT)
                 begin, end = order(tl.load(floats + BOUND)).to(tl.int64), order(top).to(tl.int64)
-                low, total = floor, all_mass
+                low, total = floor, tl.where(todo == KTH, 0, all_mass)
                 if todo == KTH:
                     if count >= k:
                         low = tl.maximum(low, _from_row(line, vocab, heat, top, k, begin, end, False, TILE))
-                    total = 0
                     if (share < 1.0) & (top < _INF):
                         total, _, _ = _weight_of_row(line, vocab, heat, top, order(low), True, TILE)
                 if (share < 1.0) & (top == _INF):
@@ -404,7 +399,7 @@ def draw_above(
     if tl.load(numbers + TODO) != DONE:
         low, heat = tl.load(floats + row * 8 + LOW), tl.load(floats + row * 8 + HEAT)
         seed, sample, position = tl.load(numbers + SEED), tl.load(numbers + SAMPLE), tl.load(numbers + POSITION)
-        still = tl.load(numbers + STILL) != 0
+        still = (tl.load(numbers + STILL) != 0).to(tl.int32)
         line = logits + row.to(tl.int64) * stride
         lane = tl.arange(0, TILE)
         draw = tl.full((), LOWEST, tl.int64)
@@ -415,8 +410,8 @@ def draw_above(
                 x = scaled(line, at, vocab, heat)
                 alive = (x >= low) & (at < vocab)
                 words = words_from(start, position, sample, seed, TILE)
-                if tl.max((alive & (may_reach(x, words, score) | still)).to(tl.int32), 0) > 0:
-                    noise = tl.where(still, 0.0, gumbel(words))
+                if tl.max(alive.to(tl.int32) & (may_reach(x, words, score).to(tl.int32) | still), 0) > 0:
+                    noise = tl.where(still == 1, 0.0, gumbel(words))
                     draw = tl.maximum(draw, tl.max(tl.where(alive, pack(x + noise, at), LOWEST), 0))
                     score, _ = unpack(draw)
         tl.store(draws + row * tl.num_programs(0) + part, draw)
