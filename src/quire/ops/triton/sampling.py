@@ -3,13 +3,13 @@
 Owns: the pass over the logits, how rows are split among programs, the entry points. What is to come out says
 `ops/sampling.py`, to the token: thresholds are exact, and noise differs from torch's in the last place of a logarithm.
 
-Logits are bfloat16, float16 or float32, (S, V) with any row stride. A row is split into `parts`, each a program, so that
-one row keeps the device busy too; what the parts found is put together by the next kernel. No result depends on the
-split: maxima and whole numbers do not depend on an order. Nothing is kept between calls, no size depends on a value: all
-of it can be captured in a graph.
+Logits are bfloat16, float16 or float32, (S, V) with any row stride. A row is split into `parts`, each a program, so
+that one row keeps the device busy too; what the parts found is put together by the next kernel. No result depends on
+the split: maxima and whole numbers do not depend on an order. Nothing is kept between calls, no size depends on a
+value: all of it can be captured in a graph.
 
-Shape legend: S sampled rows, R rows of the tables, V vocabulary, P parts of a row, N blocks of a row, L length of a list,
-X rows that hold a last token and a length.
+Shape legend: S sampled rows, R rows of the tables, V vocabulary, P parts of a row, N blocks of a row, L length of a
+list, X rows that hold a last token and a length.
 """
 
 # pyright: reportPossiblyUnboundVariable=false
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from quire.ops.sampling import Noise
 from quire.ops.triton import truncation
-from quire.ops.triton.draws import LOWEST, gumbel, may_reach, order, pack, take_larger, unorder, unpack, words_from
+from quire.ops.triton.draws import LOWEST, gumbel, may_reach, pack, take_larger, unpack, words_from
 from quire.ops.triton.launch import Kernel, ceil, power, release, wait
 from quire.ops.triton.truncation import (
     DONE,
@@ -80,11 +80,12 @@ class Out(NamedTuple):
 
 @Kernel
 def _scan_greedy(
-    logits, draws, TILES, stride: tl.constexpr, vocab: tl.constexpr, TILE: tl.constexpr, PDL: tl.constexpr
+    logits, draws, STRIDE, VOCAB, TILES, UNIT: tl.constexpr, TILE: tl.constexpr, PDL: tl.constexpr
 ):  # fmt: skip
     """The largest logit of a part of a row. Grid (P, S); draws: int64 (S, P)."""
     wait(PDL)
     part, row = tl.program_id(0), tl.program_id(1)
+    stride, vocab = STRIDE * UNIT, VOCAB * UNIT
     lane = tl.arange(0, TILE)
     line = logits + row.to(tl.int64) * stride
     best = tl.full((TILE,), float("-inf"), tl.float32)
@@ -100,8 +101,8 @@ def _scan_greedy(
 @Kernel
 def _scan(
     logits, rows, positions, reals, wholes, temperature, log_min_p, top_k, top_p, greedy, seed, sample,
-    draws, tops, floats, numbers, peaks, counts, TILES, R,
-    stride: tl.constexpr, vocab: tl.constexpr, TABLES: tl.constexpr, STORE: tl.constexpr, N: tl.constexpr,
+    draws, tops, floats, numbers, peaks, counts, STRIDE, VOCAB, TILES, R,
+    UNIT: tl.constexpr, TABLES: tl.constexpr, STORE: tl.constexpr,
     TILE: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid (P, S). The draw from a part of a row that has no truncation, else the maxima of its blocks; the row's
@@ -112,6 +113,8 @@ def _scan(
     """
     wait(PDL)
     part, row, parts = tl.program_id(0), tl.program_id(1), tl.num_programs(0)
+    stride, vocab = STRIDE * UNIT, VOCAB * UNIT
+    N = tl.cdiv(vocab, BLOCK)
     live = True
     if TABLES:
         line_of = tl.load(rows + row).to(tl.int64)
@@ -234,13 +237,28 @@ def _split(rows: int, vocab: int) -> tuple[int, int]:
     return ceil(tiles, each), each
 
 
+class _Lines(NamedTuple):
+    """Logits as the kernels take them: the row stride and the vocabulary in units of 16 numbers, if they allow it, so
+    that 16 bytes are read at once."""
+
+    stride: int
+    vocab: int
+    unit: int
+
+    @staticmethod
+    def of(logits_SV: Tensor) -> _Lines:
+        assert logits_SV.stride(1) == 1, "the numbers of a row lie side by side"
+        stride, vocab = logits_SV.stride(0), logits_SV.shape[1]
+        unit = 1 if stride % 16 or vocab % 16 else 16
+        return _Lines(stride // unit, vocab // unit, unit)
+
+
 def _greedy(logits_SV: Tensor, of: _Of, out: Out) -> None:
-    assert logits_SV.stride(1) == 1
     rows, vocab = logits_SV.shape
+    stride, width, unit = _Lines.of(logits_SV)
     parts, tiles = _split(rows, vocab)
     draws_SP = torch.empty((rows, parts), dtype=torch.int64, device=logits_SV.device)
-    constants = logits_SV.stride(0), vocab, TILE
-    _scan_greedy((parts, rows, 1), (logits_SV, draws_SP), (tiles,), constants, warps=WARPS)
+    _scan_greedy((parts, rows, 1), (logits_SV, draws_SP), (stride, width, tiles), (unit, TILE), warps=WARPS)
     _to(out, of, draws_SP, None, None)
 
 
@@ -254,9 +272,8 @@ def _to(out: Out, of: _Of, draws_SP: Tensor, tops_SP: Tensor | None, floats_S8: 
 def _general(logits_SV: Tensor, of: _Of, out: Out, store: bool, truncated: bool, nucleus: bool) -> None:
     """store: the scaled logits replace the others. truncated, nucleus: False where no row has any of min_p, top_k and
     top_p, or no row has top_p."""
-    assert logits_SV.stride(1) == 1
     rows, vocab = logits_SV.shape
-    device, stride = logits_SV.device, logits_SV.stride(0)
+    device, (stride, width, unit) = logits_SV.device, _Lines.of(logits_SV)
     parts, tiles = _split(rows, vocab)
     blocks = ceil(vocab, BLOCK)
     draws_SP = torch.empty((rows, parts), dtype=torch.int64, device=device)
@@ -268,8 +285,8 @@ def _general(logits_SV: Tensor, of: _Of, out: Out, store: bool, truncated: bool,
     held = 0 if of.reals is None else of.reals.shape[0]
     grid = (parts, rows, 1)
     memory = draws_SP, tops_SP, floats_S8, numbers_S8, peaks_SN, counts_S
-    constants = stride, vocab, of.reals is not None, store, blocks, TILE, BLOCK
-    _scan(grid, (logits_SV, *of, *memory), (tiles, held), constants, warps=WARPS)
+    constants = unit, of.reals is not None, store, TILE, BLOCK
+    _scan(grid, (logits_SV, *of, *memory), (stride, width, tiles, held), constants, warps=WARPS)
     if truncated:
         _truncate(logits_SV, *memory, tiles, nucleus)
     _to(out, of, draws_SP, tops_SP, floats_S8)
@@ -280,26 +297,22 @@ def _truncate(
     counts_S: Tensor, tiles: int, nucleus: bool,
 ) -> None:  # fmt: skip
     rows, parts = draws_SP.shape
-    device, stride, vocab, blocks = logits_SV.device, logits_SV.stride(0), logits_SV.shape[1], peaks_SN.shape[1]
+    device, (stride, width, unit) = logits_SV.device, _Lines.of(logits_SV)
     sums_2SP = torch.empty((2, rows, parts, 16), device=device)
     masses_SP = torch.empty((rows, parts, 2), dtype=torch.int64, device=device)
     xs_SL = torch.empty((rows, LIST), device=device)
     tokens_SL = torch.empty((rows, LIST), dtype=torch.int32, device=device)
-    grid = (parts, rows, 1)
-    seen = logits_SV, tops_SP, floats_S8, numbers_S8
-    shape = stride, vocab
+    grid, sizes = (parts, rows, 1), (stride, width, tiles)
+    seen, found = (logits_SV, tops_SP, floats_S8, numbers_S8), (masses_SP, counts_S, xs_SL, tokens_SL)
     for i in range(2 if nucleus else 1):
-        sizes = i, blocks, power(blocks), PARTS, TILE, BLOCK
-        truncation.weigh(grid, (*seen, peaks_SN, sums_2SP[0], sums_2SP[i]), (tiles,), (*shape, *sizes), warps=WARPS)
-    found = masses_SP, counts_S, xs_SL, tokens_SL
-    truncation.gather(
-        grid, (*seen, peaks_SN, sums_2SP[1], *found), (tiles,), (*shape, blocks, LIST, PARTS, TILE, BLOCK), warps=WARPS
-    )
-    truncation.settle((rows, 1, 1), (*seen, *found, draws_SP), (parts,), (*shape, LIST, PARTS, TILE), warps=WARPS)
-    truncation.draw_above(
-        grid, (logits_SV, floats_S8, numbers_S8, peaks_SN, draws_SP), (tiles,), (*shape, blocks, TILE, BLOCK),
-        warps=WARPS,
-    )  # fmt: skip
+        constants = unit, i, power(peaks_SN.shape[1]), PARTS, TILE, BLOCK
+        truncation.weigh(grid, (*seen, peaks_SN, sums_2SP[0], sums_2SP[i]), sizes, constants, warps=WARPS)
+    constants = unit, LIST, PARTS, TILE, BLOCK
+    truncation.gather(grid, (*seen, peaks_SN, sums_2SP[1], *found), sizes, constants, warps=WARPS)
+    constants = unit, LIST, PARTS, TILE
+    truncation.settle((rows, 1, 1), (*seen, *found, draws_SP), (stride, width, parts), constants, warps=WARPS)
+    memory = logits_SV, floats_S8, numbers_S8, peaks_SN, draws_SP
+    truncation.draw_above(grid, memory, sizes, (unit, TILE, BLOCK), warps=WARPS)
 
 
 def draw_greedy(logits_SV: Tensor) -> tuple[Tensor, Tensor]:

@@ -67,7 +67,7 @@ def row_floor(floats, top):
 
 
 @triton.jit
-def scaled(line, at, vocab: tl.constexpr, heat):
+def scaled(line, at, vocab, heat):
     x = tl.load(line + at, mask=at < vocab, other=float("-inf")).to(tl.float32)
     if heat != 1.0:
         x = tl.math.div_rn(x, heat)
@@ -75,7 +75,7 @@ def scaled(line, at, vocab: tl.constexpr, heat):
 
 
 @triton.jit
-def _tile_peak(peaks, row, start, N: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr):
+def _tile_peak(peaks, row, start, N, TILE: tl.constexpr, BLOCK: tl.constexpr):
     block = start // BLOCK + tl.arange(0, TILE // BLOCK)
     return tl.max(tl.load(peaks + row.to(tl.int64) * N + block, mask=block < N, other=float("-inf")), 0)
 
@@ -96,10 +96,7 @@ def _narrow(sums, row, parts, top, floor, share, FIRST: tl.constexpr, PARTS: tl.
     enough = (j < 8) & (sum_16 >= limit * (1.0 + _SURE))
     short = (j < 8) & (sum_16 < limit * (1.0 - _SURE))
     below = tl.max(tl.where(enough, pivot, float("-inf")), 0)
-    if FIRST:
-        below = tl.where(below == float("-inf"), floor, below)
-    else:
-        below = tl.where(below == float("-inf"), lowest, below)
+    below = tl.where(below == float("-inf"), floor if FIRST else lowest, below)
     above = tl.min(tl.where(short, pivot, tl.where(highest >= top, _INF, highest)), 0)
     return below, above, total, count
 
@@ -117,13 +114,15 @@ def _more(sums, x, m, pivot, TILE: tl.constexpr):
 
 @Kernel
 def weigh(
-    logits, tops, floats, numbers, peaks, before, sums, TILES,
-    stride: tl.constexpr, vocab: tl.constexpr, ROUND: tl.constexpr, N: tl.constexpr, N2: tl.constexpr,
+    logits, tops, floats, numbers, peaks, before, sums, STRIDE, VOCAB, TILES,
+    UNIT: tl.constexpr, ROUND: tl.constexpr, N2: tl.constexpr,
     PARTS: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid (P, S). before: sums of the round before; sums: float32 (S, P, 16)."""
     wait(PDL)
     part, row, parts = tl.program_id(0), tl.program_id(1), tl.num_programs(0)
+    stride, vocab = STRIDE * UNIT, VOCAB * UNIT
+    N = tl.cdiv(vocab, BLOCK)
     todo = tl.load(numbers + row * 8 + TODO)
     top = row_top(tops, row, parts, PARTS)
     if (todo == KTH) & (part == 0) & (ROUND == 0):
@@ -155,10 +154,7 @@ def weigh(
         lane = tl.arange(0, TILE)
         none = tl.zeros((TILE // 8,), tl.float32)
         s0, s1, s2, s3, s4, s5, s6, s7, s8 = none, none, none, none, none, none, none, none, none
-        if ROUND == 0:
-            reach = tl.maximum(floor, top - MASSLESS)
-        else:
-            reach = lowest
+        reach = tl.maximum(floor, top - MASSLESS) if ROUND == 0 else lowest
         for start in range(part * TILES * TILE, tl.minimum((part + 1) * TILES * TILE, vocab), TILE):
             if _tile_peak(peaks, row, start, N, TILE, BLOCK) >= reach:
                 x = scaled(line, start + lane, vocab, heat)
@@ -171,10 +167,7 @@ def weigh(
                 s5 = _more(s5, x, m, _pivot(highest, lowest, 5), TILE)
                 s6 = _more(s6, x, m, _pivot(highest, lowest, 6), TILE)
                 s7 = _more(s7, x, m, lowest, TILE)
-                if ROUND == 0:
-                    s8 = _more(s8, x, m, floor, TILE)
-                else:
-                    s8 = _more(s8, x, 1.0, lowest, TILE)
+                s8 = _more(s8, x, m, floor, TILE) if ROUND == 0 else _more(s8, x, 1.0, lowest, TILE)
         mine = sums + (row * parts + part).to(tl.int64) * 16
         tl.store(mine + 0, tl.sum(s0, 0))
         tl.store(mine + 1, tl.sum(s1, 0))
@@ -197,14 +190,16 @@ def weigh(
 
 @partial(Kernel, fused=False)
 def gather(
-    logits, tops, floats, numbers, peaks, sums, masses, counts, list_x, list_token, TILES,
-    stride: tl.constexpr, vocab: tl.constexpr, N: tl.constexpr, L: tl.constexpr,
+    logits, tops, floats, numbers, peaks, sums, masses, counts, list_x, list_token, STRIDE, VOCAB, TILES,
+    UNIT: tl.constexpr, L: tl.constexpr,
     PARTS: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid (P, S). masses: int64 (S, P, 2), of all tokens that pass min_p and of those above the bracket. counts: int32
     (S,), zeros before. list_x, list_token: float32, int32 (S, L), in no order."""
     wait(PDL)
     part, row, parts = tl.program_id(0), tl.program_id(1), tl.num_programs(0)
+    stride, vocab = STRIDE * UNIT, VOCAB * UNIT
+    N = tl.cdiv(vocab, BLOCK)
     todo = tl.load(numbers + row * 8 + TODO)
     top = row_top(tops, row, parts, PARTS)
     # an infinite top is the nucleus; NaN and a masked row have none
@@ -261,9 +256,8 @@ def _from_list(xs, tokens, numbers, count, todo, top, floor, k, share, all_mass,
     key = order(x)
     first, last = tl.min(tl.where(inside, key, 0x7FFFFFFF), 0).to(tl.int64), tl.max(key, 0).to(tl.int64)
     low, found = floor, 1
-    if todo == KTH:
-        if count >= k:
-            low = tl.maximum(low, unorder(largest_with(key, inside.to(tl.int32), k, first, last)))
+    if (todo == KTH) & (count >= k):
+        low = tl.maximum(low, unorder(largest_with(key, inside.to(tl.int32), k, first, last)))
     if share < 1.0:
         if top == _INF:
             low = top
@@ -289,7 +283,7 @@ def _from_list(xs, tokens, numbers, count, todo, top, floor, k, share, all_mass,
 
 
 @triton.jit
-def _weight_of_row(line, vocab: tl.constexpr, heat, top, key, WEIGHED: tl.constexpr, TILE: tl.constexpr):
+def _weight_of_row(line, vocab, heat, top, key, WEIGHED: tl.constexpr, TILE: tl.constexpr):
     """(number of tokens with at least this key, or their mass; the least such key; the largest key below): int64."""
     lane = tl.arange(0, TILE)
     weight = tl.zeros((TILE // 8,), tl.int64)
@@ -299,10 +293,7 @@ def _weight_of_row(line, vocab: tl.constexpr, heat, top, key, WEIGHED: tl.conste
         x = scaled(line, start + lane, vocab, heat)
         of_x = order(x)
         up = (of_x >= key) & (start + lane < vocab)
-        if WEIGHED:
-            m = tl.where(up, mass(x, top), 0)
-        else:
-            m = up.to(tl.int64)
+        m = tl.where(up, mass(x, top), 0) if WEIGHED else up.to(tl.int64)
         weight += tl.sum(tl.reshape(m, (TILE // 8, 8)), 1)
         least = tl.minimum(least, tl.where(up, of_x, 0x7FFFFFFF))
         largest = tl.maximum(largest, tl.where(up, -0x7FFFFFFF, of_x))
@@ -310,7 +301,7 @@ def _weight_of_row(line, vocab: tl.constexpr, heat, top, key, WEIGHED: tl.conste
 
 
 @triton.jit
-def _from_row(line, vocab: tl.constexpr, heat, top, need, below, above, WEIGHED: tl.constexpr, TILE: tl.constexpr):
+def _from_row(line, vocab, heat, top, need, below, above, WEIGHED: tl.constexpr, TILE: tl.constexpr):
     """The largest key that tokens of at least it weigh `need`: between the keys `below`, which do, and `above`."""
     while below < above:
         middle = (below + above + 1) >> 1
@@ -324,13 +315,14 @@ def _from_row(line, vocab: tl.constexpr, heat, top, need, below, above, WEIGHED:
 
 @partial(Kernel, fused=False)
 def settle(
-    logits, tops, floats, numbers, masses, counts, list_x, list_token, draws, P,
-    stride: tl.constexpr, vocab: tl.constexpr, L: tl.constexpr, PARTS: tl.constexpr, TILE: tl.constexpr,
+    logits, tops, floats, numbers, masses, counts, list_x, list_token, draws, STRIDE, VOCAB, P,
+    UNIT: tl.constexpr, L: tl.constexpr, PARTS: tl.constexpr, TILE: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid (S,). Writes each row's threshold, and its draw if the list is enough for that."""
     wait(PDL)
     row = tl.program_id(0)
+    stride, vocab = STRIDE * UNIT, VOCAB * UNIT
     floats += row * 8
     numbers += row * 8
     todo = tl.load(numbers + TODO)
@@ -388,13 +380,15 @@ def settle(
 
 @Kernel
 def draw_above(
-    logits, floats, numbers, peaks, draws, TILES,
-    stride: tl.constexpr, vocab: tl.constexpr, N: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
+    logits, floats, numbers, peaks, draws, STRIDE, VOCAB, TILES,
+    UNIT: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid (P, S). The draws of parts of the rows that have none yet."""
     wait(PDL)
     part, row = tl.program_id(0), tl.program_id(1)
+    stride, vocab = STRIDE * UNIT, VOCAB * UNIT
+    N = tl.cdiv(vocab, BLOCK)
     numbers += row * 8
     if tl.load(numbers + TODO) != DONE:
         low, heat = tl.load(floats + row * 8 + LOW), tl.load(floats + row * 8 + HEAT)
