@@ -230,14 +230,14 @@ class _Of(NamedTuple):
     sample: Tensor | None = None
 
 
-def _split(rows: int, vocab: int) -> tuple[int, int]:
+def split(rows: int, vocab: int) -> tuple[int, int]:
     """(parts of a row, tiles of a part)."""
     tiles = ceil(vocab, TILE)
     each = ceil(tiles, max(1, min(PARTS, PROGRAMS // rows)))
     return ceil(tiles, each), each
 
 
-class _Lines(NamedTuple):
+class Lines(NamedTuple):
     """Logits as the kernels take them: the row stride and the vocabulary in units of 16 numbers, if they allow it, so
     that 16 bytes are read at once."""
 
@@ -246,17 +246,17 @@ class _Lines(NamedTuple):
     unit: int
 
     @staticmethod
-    def of(logits_SV: Tensor) -> _Lines:
+    def of(logits_SV: Tensor) -> Lines:
         assert logits_SV.stride(1) == 1, "the numbers of a row lie side by side"
         stride, vocab = logits_SV.stride(0), logits_SV.shape[1]
         unit = 1 if stride % 16 or vocab % 16 else 16
-        return _Lines(stride // unit, vocab // unit, unit)
+        return Lines(stride // unit, vocab // unit, unit)
 
 
 def _greedy(logits_SV: Tensor, of: _Of, out: Out) -> None:
     rows, vocab = logits_SV.shape
-    stride, width, unit = _Lines.of(logits_SV)
-    parts, tiles = _split(rows, vocab)
+    stride, width, unit = Lines.of(logits_SV)
+    parts, tiles = split(rows, vocab)
     draws_SP = torch.empty((rows, parts), dtype=torch.int64, device=logits_SV.device)
     _scan_greedy((parts, rows, 1), (logits_SV, draws_SP), (stride, width, tiles), (unit, TILE), warps=WARPS)
     _to(out, of, draws_SP, None, None)
@@ -273,8 +273,8 @@ def _general(logits_SV: Tensor, of: _Of, out: Out, store: bool, truncated: bool,
     """store: the scaled logits replace the others. truncated, nucleus: False where no row has any of min_p, top_k and
     top_p, or no row has top_p."""
     rows, vocab = logits_SV.shape
-    device, (stride, width, unit) = logits_SV.device, _Lines.of(logits_SV)
-    parts, tiles = _split(rows, vocab)
+    device, (stride, width, unit) = logits_SV.device, Lines.of(logits_SV)
+    parts, tiles = split(rows, vocab)
     blocks = ceil(vocab, BLOCK)
     draws_SP = torch.empty((rows, parts), dtype=torch.int64, device=device)
     numbers_S8 = torch.empty((rows, 8), dtype=torch.int64, device=device)
@@ -297,7 +297,7 @@ def _truncate(
     counts_S: Tensor, tiles: int, nucleus: bool,
 ) -> None:  # fmt: skip
     rows, parts = draws_SP.shape
-    device, (stride, width, unit) = logits_SV.device, _Lines.of(logits_SV)
+    device, (stride, width, unit) = logits_SV.device, Lines.of(logits_SV)
     sums_2SP = torch.empty((2, rows, parts, 16), device=device)
     masses_SP = torch.empty((rows, parts, 2), dtype=torch.int64, device=device)
     xs_SL = torch.empty((rows, LIST), device=device)
