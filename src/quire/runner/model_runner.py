@@ -74,7 +74,7 @@ class ModelRunner:
         replayed = self._replay.takes(plan) and not self._wants_prompt_logprobs(plan)
         carried = replayed and self._replay.carries(plan)
         if carried:
-            table.retire(plan)
+            table.enter(plan)
         else:
             table.stage(plan, upload)
             if not replayed:
