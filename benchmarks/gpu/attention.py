@@ -169,12 +169,12 @@ def check() -> list[dict[str, Any]]:
     for name, shape, rule in CHECKS:
         work = Work(**{"heads": 32, "kv_heads": 8, "size": 128, **shape})
         scale = work.size**-0.5
-        expected = reference(
-            work.q[0].float(), work.kv[0], work.group, Work.meta(work), scale, **rule
-        )
+        expected = reference(work.q[0].float(), work.kv[0], work.group, Work.meta(work), scale, **rule)
         got = attention(work.q[0], work.kv[0], work.group, work.meta(), scale, **rule)
         rows.append({"check": name, "error": error(got, expected), "bound": BOUNDS[work.dtype]})
-        print(f"{name:24} {rows[-1]['error']:.1e}", "" if rows[-1]["error"] < rows[-1]["bound"] else "WRONG", flush=True)
+        print(
+            f"{name:24} {rows[-1]['error']:.1e}", "" if rows[-1]["error"] < rows[-1]["bound"] else "WRONG", flush=True
+        )
         del work, expected, got
     return rows
 
