@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -169,7 +170,7 @@ def test_the_bits_of_a_prompt_do_not_depend_on_its_chunks(
     whole = World([(150, 150)], window=window)
     expected = whole.kernel(device)
     edges = [0, *cuts, 150]
-    for start, stop in zip(edges, edges[1:], strict=False):
+    for start, stop in pairwise(edges):
         chunk = World([(stop, stop - start)], window=window)
         chunk.kv, chunk.q, chunk.group, chunk.width = whole.kv, whole.q[start:stop], whole.group, whole.width
         assert torch.equal(chunk.kernel(device), expected[start:stop])

@@ -88,8 +88,8 @@ def _multiprocessors(device: torch.device) -> int:
 
 
 class Launch:
-    """A kernel with what stays the same over the layers of a step: programs, fixed buffers and constants. The first call
-    goes through Triton's front end, the others straight to what it compiled, in a fraction of the host's time."""
+    """A kernel with what stays the same over the layers of a step: programs, fixed buffers and constants. The first
+    call goes through Triton's front end, the others straight to what it compiled, in a fraction of the host's time."""
 
     def __init__(
         self, kernel: Any, programs: int, fixed: tuple[Tensor, ...], constants: dict[str, Any], **options: Any
@@ -99,7 +99,7 @@ class Launch:
         self._compiled: Any = None
 
     def __call__(self, tensors: tuple[Tensor, ...], numbers: tuple[float, ...]) -> None:
-        """`tensors` differ from layer to layer, but not in shape; they come first, then the fixed ones, then numbers."""
+        """`tensors` differ from layer to layer, but not in shape; the order is they, the fixed ones, numbers."""
         if self._compiled is None:
             self._compiled = self._kernel[(self._programs,)](
                 *tensors, *self._fixed, *numbers, **self._constants, **self._options
@@ -153,7 +153,7 @@ class Step:
             longest = -(-meta.max_len // shape.tile) + 1
             self.ranges = max(1, min(units * shape.programs // kv_heads, short * longest))
             slots = min(short, self.ranges) * (min(shape.most, longest) + 1)
-                        self.items = torch.empty((2 * self.ranges + short + 1, ITEM), dtype=torch.int32, **new)
+            self.items = torch.empty((2 * self.ranges + short + 1, ITEM), dtype=torch.int32, **new)
             self.arrived = torch.empty(slots * kv_heads, dtype=torch.int32, **new)
             self.parts = torch.empty(slots * heads * queries * padded, dtype=torch.float32, **new)
             self.tops = torch.empty(slots * heads * queries * 2, dtype=torch.float32, **new)

@@ -124,7 +124,7 @@ def tile_attention_hopper(
         m = gl.max(s, 1) * scale
         zero = gl.where(m == float("-inf"), 0.0, m)
         weight = gl.exp2(gl.fma(s, gl.full([M, N], scale, gl.float32, products), -zero[:, None] + nothing))
-        l = gl.sum(weight, 1)
+        norm = gl.sum(weight, 1)
         p = gl.convert_layout(weight.to(kind), weights)
         acc = gl.zeros([M, E], gl.float32, sums)
 
@@ -146,7 +146,7 @@ def tile_attention_hopper(
             weight = gl.exp2(gl.fma(s, gl.full([M, N], scale, gl.float32, products), -zero[:, None] + nothing))
             shrink = gl.exp2(m - zero)
             m = top
-            l = gl.fma(l, shrink, gl.sum(weight, 1))
+            norm = gl.fma(norm, shrink, gl.sum(weight, 1))
             acc, p = warpgroup_mma_wait(0, deps=[sums_new, p])
             gl.thread_barrier()
             j = t * N + lane
@@ -159,8 +159,8 @@ def tile_attention_hopper(
             p = gl.convert_layout(weight.to(kind), weights)
         async_copy.wait_group(0)
 
-        l = gl.convert_layout(l, gl.SliceLayout(1, sums))
-        out = acc / gl.where(l == 0.0, 1.0, l)[:, None]
+        norm = gl.convert_layout(norm, gl.SliceLayout(1, sums))
+        out = acc / gl.where(norm == 0.0, 1.0, norm)[:, None]
         out_at = (token + rows // G) * (H * E) + h * E
         out = gl.convert_layout(out.to(out_ptr.dtype.element_ty), loads)
         gl.store(out_ptr + out_at[:, None] + e[None, :], out, mask=own[:, None])

@@ -1,7 +1,8 @@
 """Attention of rows of few tokens over pages: the work is cut over the keys, all query heads of a KV head together.
 
 Owns: the kernel that computes the items of `attention_work.split_items`, and the order in which a row's segments are
-folded. Shape legend: M rows of a tile (tokens x G query heads, filled up), E head size, B tokens of a block, K KV heads.
+folded.
+Shape legend: M rows of a tile (tokens x G query heads, filled up), E head size, B tokens of a block, K KV heads.
 """
 
 from __future__ import annotations
@@ -37,13 +38,13 @@ def weigh(s, m, factor):
 
 
 @triton.jit
-def fold(m, l, acc, m_new, l_new, acc_new):
+def fold(m, norm, acc, m_new, norm_new, acc_new):
     """Two partial results as one, in this order. Written with explicit fused products: it must round alike wherever it
     is compiled. An empty one (-inf, 0, 0) changes nothing."""
     top = tl.maximum(m, m_new)
     zero = tl.where(top == float("-inf"), 0.0, top)
     a, b = tl.exp2(m - zero), tl.exp2(m_new - zero)
-    return top, tl.fma(l, a, l_new * b), tl.fma(acc, a[:, None], acc_new * b[:, None])
+    return top, tl.fma(norm, a, norm_new * b), tl.fma(acc, a[:, None], acc_new * b[:, None])
 
 
 @triton.jit
@@ -54,14 +55,14 @@ def pages_of(pages_ptr, j, first, last, B: tl.constexpr):
 
 @triton.jit
 def _leave(
-    parts_ptr, tops_ptr, place, own, m, l, acc,
+    parts_ptr, tops_ptr, place, own, m, norm, acc,
     M: tl.constexpr, ROWS: tl.constexpr, SHARED: tl.constexpr, EP: tl.constexpr,
 ):  # fmt: skip
     """Leaves a partial result for who finishes the row. Only the first ROWS rows can be of use: the others are added as
     zeros, which takes less shared memory on the way than a tile that is mostly filling."""
     rows = tl.arange(0, M)
     tl.store(tops_ptr + place * (2 * SHARED) + rows, m, mask=own)
-    tl.store(tops_ptr + place * (2 * SHARED) + SHARED + rows, l, mask=own)
+    tl.store(tops_ptr + place * (2 * SHARED) + SHARED + rows, norm, mask=own)
     acc = tl.where(own[:, None], acc, 0.0)
     if ROWS < M:
         acc = tl.sum(tl.reshape(acc, (M // ROWS, ROWS, EP)), 0)
@@ -120,9 +121,9 @@ def split_attention(
         slope = tl.load(slopes_ptr + h, mask=own, other=0.0).to(tl.float32) if ALIBI else 0.0
 
         m = tl.full((M,), float("-inf"), tl.float32)
-        l = tl.zeros((M,), tl.float32)
+        norm = tl.zeros((M,), tl.float32)
         acc = tl.zeros((M, EP), tl.float32)
-        m_all, l_all, acc_all = m, l, acc
+        m_all, norm_all, acc_all = m, norm, acc
         left = segment
         place = slot.to(tl.int64) * K + head
         pages_ptr = table_ptr + row * table_stride
@@ -147,23 +148,23 @@ def split_attention(
                 if WINDOWED:
                     seen &= j[None, :] > at[:, None] - window
             p, m, shrink = weigh(tl.where(seen, s, float("-inf")), m, 1.0 if SOFTCAP or ALIBI else scale)
-            l = tl.fma(l, shrink, tl.sum(p, 1))
+            norm = tl.fma(norm, shrink, tl.sum(p, 1))
             acc = tl.dot(p.to(kind), v, acc * shrink[:, None], input_precision=precision)
             left -= 1
             if (left == 0) | (t == stop - 1):
                 if run == 0:
-                    m_all, l_all, acc_all = fold(m_all, l_all, acc_all, m, l, acc)
+                    m_all, norm_all, acc_all = fold(m_all, norm_all, acc_all, m, norm, acc)
                 else:
-                    _leave(parts_ptr, tops_ptr, place, own, m, l, acc, M, ROWS, SHARED, EP)
+                    _leave(parts_ptr, tops_ptr, place, own, m, norm, acc, M, ROWS, SHARED, EP)
                     place += K
                 m = tl.full((M,), float("-inf"), tl.float32)
-                l = tl.zeros((M,), tl.float32)
+                norm = tl.zeros((M,), tl.float32)
                 acc = tl.zeros((M, EP), tl.float32)
                 left = segment
         more = tl.load(items_ptr + index * _ITEM + 13) == mine
 
         if slot < 0:
-            out = acc_all / tl.where(l_all == 0.0, 1.0, l_all)[:, None]
+            out = acc_all / tl.where(norm_all == 0.0, 1.0, norm_all)[:, None]
             out_at = (token + rows // G) * (H * E) + h * E
             tl.store(
                 out_ptr + out_at[:, None] + e[None, :],
@@ -172,7 +173,7 @@ def split_attention(
             )
         else:
             if run == 0:
-                _leave(parts_ptr, tops_ptr, place, own, m_all, l_all, acc_all, M, ROWS, SHARED, EP)
+                _leave(parts_ptr, tops_ptr, place, own, m_all, norm_all, acc_all, M, ROWS, SHARED, EP)
             tl.debug_barrier()
             counter_ptr = arrived_ptr + slot_0 * K + head
             if tl.atomic_add(counter_ptr, 1, sem="acq_rel") == runs - 1:
@@ -195,7 +196,7 @@ def _finish(
     e = tl.arange(0, EP)
     own = rows < count
     m = tl.full((ROWS,), float("-inf"), tl.float32)
-    l = tl.zeros((ROWS,), tl.float32)
+    norm = tl.zeros((ROWS,), tl.float32)
     acc = tl.zeros((ROWS, EP), tl.float32)
     for x in range(0, slots, 8):
         tops, totals, sums = (), (), ()
@@ -208,8 +209,8 @@ def _finish(
             totals = totals + (tl.load(top_ptr + SHARED, mask=there, other=0.0, cache_modifier=".cg"),)
             sums = sums + (tl.load(part_ptr, mask=there[:, None], other=0.0, cache_modifier=".cg"),)
         for y in tl.static_range(8):
-            m, l, acc = fold(m, l, acc, tops[y], totals[y], sums[y])
-    out = acc / tl.where(l == 0.0, 1.0, l)[:, None]
+            m, norm, acc = fold(m, norm, acc, tops[y], totals[y], sums[y])
+    out = acc / tl.where(norm == 0.0, 1.0, norm)[:, None]
     out_at = (token + rows // G) * (H * E) + (head * G + rows % G) * E
     tl.store(
         out_ptr + out_at[:, None] + e[None, :], out.to(out_ptr.dtype.element_ty), mask=own[:, None] & (e < E)[None, :]

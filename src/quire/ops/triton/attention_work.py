@@ -87,9 +87,10 @@ def split_items(
     K: tl.constexpr, KP: tl.constexpr, TILE: tl.constexpr, SEGMENT: tl.constexpr, MOST: tl.constexpr,
     WINDOWED: tl.constexpr,
 ):  # fmt: skip
-    """One program for each row. An item, by its numbers: 0 row, 1 first token, 2 its position, 3 tokens, 4 and 5 tiles of
-    keys from and to, 6 first slot for partial results (-1: none, the run is the row), 7 number of the run, 8 first slot of the
-    row, 9 slots of the row, 10 runs of the row, 11 tiles of a segment, 12 its place in the list, 13 its range.
+    """One program for each row. An item, by its numbers: 0 row, 1 first token, 2 its position, 3 tokens, 4 and 5 tiles
+    of keys from and to, 6 first slot for partial results (-1: none, the run is the row), 7 number of the run, 8 first
+    slot of the row, 9 slots of the row, 10 runs of the row, 11 tiles of a segment, 12 its place in the list, 13 its
+    range.
 
     The first `ranges` items are copies of the first of each range (no tokens: an empty one), the list begins behind them
     and ends with an item of range -1. The counters of arrivals at shared rows are zeroed.
