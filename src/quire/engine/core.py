@@ -187,6 +187,10 @@ class EngineCore:
     def stats(self) -> EngineStats:
         return self._scheduler.stats()
 
+    def queue(self) -> tuple[EngineStats, int]:
+        """The statistics, and how many requests they do not know of: none, here."""
+        return self.stats(), 0
+
     def reset_prefix_cache(self) -> bool:
         return self._scheduler.reset_prefix_cache()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
 import torch
 
@@ -27,6 +28,11 @@ def refusal(case: Case) -> str | None:
     if case.dtype not in DTYPES:
         return f"has no kernels for {str(case.dtype).removeprefix('torch.')}"
     return None if available("triton") else "triton is not installed"
+
+
+def integers(case: Case) -> str | None:
+    """For ops on integers: the model's type does not matter."""
+    return refusal(replace(case, dtype=torch.float32))
 
 
 def supports_norm(case: Case) -> str | None:
