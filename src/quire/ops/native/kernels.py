@@ -55,6 +55,10 @@ def supports_linear(case: Case) -> str | None:
     return refusal(case) or (None if max(levels()) > PORTABLE else "is slower than torch without AVX2")
 
 
+def supports_gated_linear(case: Case) -> str | None:
+    return supports_linear(case) or supports_activation(case)
+
+
 def _rows(x: Tensor) -> Tensor:
     """`x` with its last dimension dense."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
@@ -185,6 +189,9 @@ class Kernels:
         out_TN = self.empty((x_TK.shape[0], weight_NK.shape[0]), dtype or x.dtype)
         self.pool.run(program.linear(x_TK, weight_NK, bias_N, out_TN, self.count(x_TK.shape[0])))
         return out_TN.view(*x.shape[:-1], weight_NK.shape[0])
+
+    def gated_linear(self, x: Tensor, weight_NK: Tensor, bias_N: Tensor | None, kind: str) -> Tensor:
+        return self.gated_activation(self.linear(x, weight_NK, bias_N), kind)
 
     def embedding(self, ids_T: Tensor, table_VD: Tensor, offset: int, add_TD: Tensor | None = None) -> Tensor:
         add_TD = None if add_TD is None else _rows(add_TD)
