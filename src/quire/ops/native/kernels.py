@@ -19,6 +19,7 @@ from quire.ops import linear as references
 from quire.ops import sampling
 from quire.ops.attention import reference
 from quire.ops.attention.meta import AttentionMeta, GroupMeta
+from quire.ops.cache import copy_pages
 from quire.ops.dispatch import Case
 from quire.ops.linear import QuantizedWeight
 from quire.ops.native import program
@@ -43,6 +44,11 @@ def supports_activation(case: Case) -> str | None:
 
 def supports_sampling(case: Case) -> str | None:
     """Logits are float32 whatever the model's type."""
+    return refusal(replace(case, dtype=torch.float32))
+
+
+def supports_copies(case: Case) -> str | None:
+    """Pages are moved as they are, whatever their type."""
     return refusal(replace(case, dtype=torch.float32))
 
 
@@ -198,6 +204,9 @@ class Kernels:
         out_TD = self.empty((ids_T.shape[0], table_VD.shape[1]), table_VD.dtype)
         self.pool.run(program.gather(ids_T, table_VD, out_TD, self.count(ids_T.shape[0]), offset, add_TD))
         return out_TD
+
+    def copy_pages(self, tensors: Sequence[Tensor], sources_C: Tensor, targets_C: Tensor) -> None:
+        copy_pages(tensors, sources_C, targets_C)
 
     def quantized_linear(
         self, x: Tensor, weight: QuantizedWeight, bias_N: Tensor | None, dtype: torch.dtype | None = None

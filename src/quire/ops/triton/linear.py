@@ -191,9 +191,7 @@ def _prefetch(w, n, start, K: tl.constexpr, BYTES: tl.constexpr):
 
 
 @Kernel
-def _sum_kernel(
-    partial, bias, out, M, N: tl.constexpr, SPLIT: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
-):
+def _sum_kernel(partial, bias, out, M, N: tl.constexpr, SPLIT: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
     release(PDL)
     n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     m = tl.program_id(1).to(tl.int64)
@@ -239,9 +237,7 @@ def _steady_kernel(
     BLOCKS_N: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     STEPS: tl.constexpr = (K + BLOCK_K * SPLIT - 1) // (BLOCK_K * SPLIT)
     wait(PDL)
-    for tile in tl.range(
-        tl.program_id(0), blocks_m * BLOCKS_N, PROGRAMS, flatten=not SPECIAL, warp_specialize=SPECIAL
-    ):
+    for tile in tl.range(tl.program_id(0), blocks_m * BLOCKS_N, PROGRAMS, flatten=not SPECIAL, warp_specialize=SPECIAL):
         first_m = tile // (GROUP * BLOCKS_N) * GROUP
         height = tl.minimum(blocks_m - first_m, GROUP)
         m = (first_m + tile % (GROUP * BLOCKS_N) % height) * BLOCK_M
