@@ -9,12 +9,13 @@ each row holds its scale as well, see `ops.cache`).
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from quire.config.arch import ModelArch
-from quire.ops.cache import copy_pages, row_size
+from quire.ops.cache import COPY_PAGES, row_size
 from quire.types.kv import KVGroup
 from quire.types.plan import Ints
 from quire.utils.pages import untouched
@@ -38,10 +39,12 @@ class KVStore:
         block_size: int,
         dtype: torch.dtype,
         device: torch.device,
+        copy_pages: Callable[..., None] = COPY_PAGES.reference,
     ) -> None:
         count = max(len(group.layers) for group in groups)
         shape = (block_size, arch.num_kv_heads, row_size(arch.head_dim, dtype))
         self.tensors = [_zeros((2, num_blocks, *shape), dtype, device, pin=False) for _ in range(count)]
+        self._copy_pages = copy_pages
         self._host = [
             _zeros((2, num_host_blocks, *shape), dtype, torch.device("cpu"), pin=device.type == "cuda")
             for _ in range(count if num_host_blocks else 0)
@@ -62,9 +65,7 @@ class KVStore:
             for device, host in zip(self.tensors, self._host, strict=True):
                 device[:, targets.to(device.device)] = host[:, sources].to(device.device)
         if len(copies):
-            sources, targets = (ids.to(self.tensors[0].device) for ids in _ids(copies))
-            for device in self.tensors:
-                copy_pages(device, sources, targets)
+            self._copy_pages(self.tensors, *_ids(copies))
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, pin: bool) -> Tensor:
