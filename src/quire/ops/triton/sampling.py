@@ -129,12 +129,13 @@ def _scan(
         key, number, k = tl.load(seed + row), tl.load(sample + row), tl.load(top_k + row)
         still = tl.load(greedy + row) != 0
     position = tl.load(positions + row).to(tl.int64)
+    left = 1.0 if STORE else heat  # what the logits are still to be divided by
     todo = tl.where((share > float("-inf")) & (still == 0), FLOOR, DONE)
     todo = tl.where(nucleus < 1.0, NUCLEUS, todo)
     todo = tl.where((k > 0) & (k < vocab), KTH, todo)
     todo = tl.where(live, todo, DONE)
     if part == 0:
-        tl.store(floats + row * 8 + HEAT, 1.0 if STORE else heat)
+        tl.store(floats + row * 8 + HEAT, left)
         tl.store(floats + row * 8 + LOG_MIN_P, share)
         tl.store(floats + row * 8 + LOW, float("-inf"))
         tl.store(numbers + row * 8 + TODO, todo.to(tl.int64))
@@ -155,23 +156,27 @@ def _scan(
     for start in range(part * TILES * TILE, end, TILE):
         at = start + lane
         x = tl.load(line + at, mask=at < vocab, other=float("-inf")).to(tl.float32)
-        if heat != 1.0:
-            x = tl.math.div_rn(x, heat)
-            if STORE:
+        if STORE:
+            if heat != 1.0:
+                x = tl.math.div_rn(x, heat)
                 tl.store(line + at, x, mask=at < vocab)
         if (todo == DONE) & still:
+            if left != 1.0:
+                x = tl.math.div_rn(x, left)
             best, token = take_larger(x, at, best, token)
         else:
             best = tl.maximum(best, x, propagate_nan=tl.PropagateNan.ALL)
             if todo == DONE:
                 words = words_from(start, position, number, key, TILE)
-                if tl.max(may_reach(x, words, score).to(tl.int32), 0) > 0:
-                    draw = tl.maximum(draw, tl.max(pack(x + gumbel(words), at), 0))
+                if tl.max(may_reach(x, 1.0 / left, words, score), 0) > 0:
+                    draw = tl.maximum(draw, tl.max(pack(tl.math.div_rn(x, left) + gumbel(words), at), 0))
                     score, _ = unpack(draw)
             else:
                 block = start // BLOCK + tl.arange(0, TILE // BLOCK)
                 peak = tl.max(tl.reshape(x, (TILE // BLOCK, BLOCK)), 1)
-                tl.store(peaks + row.to(tl.int64) * N + block, peak, mask=block < N)
+                tl.store(peaks + row.to(tl.int64) * N + block, tl.math.div_rn(peak, left), mask=block < N)
+    if (todo != DONE) | (still == 0):
+        best = tl.math.div_rn(best, left)  # as the largest is divided, so are all
     largest = tl.max(pack(best, token), 0)
     if (todo == DONE) & still:
         draw = largest
@@ -303,16 +308,22 @@ def _truncate(
     xs_SL = torch.empty((rows, LIST), device=device)
     tokens_SL = torch.empty((rows, LIST), dtype=torch.int32, device=device)
     grid, sizes = (parts, rows, 1), (stride, width, tiles)
-    seen, found = (logits_SV, tops_SP, floats_S8, numbers_S8), (masses_SP, counts_S, xs_SL, tokens_SL)
-    for i in range(2 if nucleus else 1):
-        constants = unit, i, power(peaks_SN.shape[1]), PARTS, TILE, BLOCK
-        truncation.weigh(grid, (*seen, peaks_SN, sums_2SP[0], sums_2SP[i]), sizes, constants, warps=WARPS)
-    constants = unit, LIST, PARTS, TILE, BLOCK
-    truncation.gather(grid, (*seen, peaks_SN, sums_2SP[1], *found), sizes, constants, warps=WARPS)
+    seen, lists = (logits_SV, tops_SP, floats_S8, numbers_S8), (counts_S, xs_SL, tokens_SL)
+    room = power(peaks_SN.shape[1])
+    blocks_SN = torch.empty((rows, room), dtype=torch.int32, device=device)
+    constants = unit, room, LIST, PARTS, TILE, BLOCK
+    tensors = *seen, peaks_SN, blocks_SN, *lists, draws_SP
+    truncation.choose((rows, 1, 1), tensors, (stride, width, parts), constants, warps=WARPS)
+    if nucleus:
+        for i in range(2):
+            constants = unit, i, room, PARTS, TILE, BLOCK
+            truncation.weigh(grid, (*seen, peaks_SN, sums_2SP[0], sums_2SP[i]), sizes, constants, warps=WARPS)
+        constants = unit, LIST, PARTS, TILE, BLOCK
+        truncation.gather(grid, (*seen, peaks_SN, sums_2SP[1], masses_SP, *lists), sizes, constants, warps=WARPS)
     constants = unit, LIST, PARTS, TILE
-    truncation.settle((rows, 1, 1), (*seen, *found, draws_SP), (stride, width, parts), constants, warps=WARPS)
-    memory = logits_SV, floats_S8, numbers_S8, peaks_SN, draws_SP
-    truncation.draw_above(grid, memory, sizes, (unit, TILE, BLOCK), warps=WARPS)
+    tensors = *seen, masses_SP, *lists, draws_SP
+    truncation.settle((rows, 1, 1), tensors, (stride, width, parts), constants, warps=WARPS)
+    truncation.draw_above(grid, (*seen, peaks_SN, draws_SP), sizes, (unit, PARTS, TILE, BLOCK), warps=WARPS)
 
 
 def draw_greedy(logits_SV: Tensor) -> tuple[Tensor, Tensor]:
@@ -351,7 +362,7 @@ def sample(
     nucleus: bool,
     static: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The op `sample`: see `ops.sampling.sample`. Eight launches at most, whatever `static`."""
+    """The op `sample`: see `ops.sampling.sample`. Nine launches at most, whatever `static`."""
     out = Out.new(logits_SV.shape[0], logits_SV.device, low=True)
     seed, number, position = (x.contiguous() for x in noise)
     arrays = (x.contiguous() for x in (temperature_S, log_min_p_S, top_k_S, top_p_S, greedy_S))
@@ -385,7 +396,7 @@ def general_step(
     top_k (0: off) in column 3, greedy (not 0) in column 4. out: where the results go.
 
     truncated, nucleus: what the graph can do. False promises that no row has min_p, top_k or top_p (two launches
-    instead of eight), or that none has top_p (seven).
+    instead of nine), or that none has top_p (five).
     """
     of = _Of(rows_S, positions_S, reals_RC, wholes_RC)
     _general(logits_SV, of, out, store=False, truncated=truncated, nucleus=nucleus)
