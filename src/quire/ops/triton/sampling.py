@@ -156,7 +156,7 @@ def _scan(
     for start in range(part * TILES * TILE, end, TILE):
         at = start + lane
         x = tl.load(line + at, mask=at < vocab, other=float("-inf")).to(tl.float32)
-        if STORE:
+        if STORE:  # noqa: SIM102 (known when it is compiled)
             if heat != 1.0:
                 x = tl.math.div_rn(x, heat)
                 tl.store(line + at, x, mask=at < vocab)
@@ -305,10 +305,9 @@ def _truncate(
     device, (stride, width, unit) = logits_SV.device, Lines.of(logits_SV)
     sums_2SP = torch.empty((2, rows, parts, 16), device=device)
     masses_SP = torch.empty((rows, parts, 2), dtype=torch.int64, device=device)
-    xs_SL = torch.empty((rows, LIST), device=device)
-    tokens_SL = torch.empty((rows, LIST), dtype=torch.int32, device=device)
+    lists_SL = torch.empty((rows, LIST), dtype=torch.int64, device=device)
     grid, sizes = (parts, rows, 1), (stride, width, tiles)
-    seen, lists = (logits_SV, tops_SP, floats_S8, numbers_S8), (counts_S, xs_SL, tokens_SL)
+    seen, lists = (logits_SV, tops_SP, floats_S8, numbers_S8), (counts_S, lists_SL)
     room = power(peaks_SN.shape[1])
     blocks_SN = torch.empty((rows, room), dtype=torch.int32, device=device)
     constants = unit, room, LIST, PARTS, TILE, BLOCK

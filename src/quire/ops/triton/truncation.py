@@ -85,7 +85,7 @@ def _tile_peak(peaks, row, start, N, TILE: tl.constexpr, BLOCK: tl.constexpr):
 @triton.jit
 def _narrow(sums, row, parts, top, floor, share, ROUND: tl.constexpr, PARTS: tl.constexpr):
     """(below, above, guess, total, count) from the sums of a round: tokens of at least `below` have the nucleus's mass
-    for sure (or `below` is where masses end), tokens above `above` for sure have not; the threshold may be at `guess`."""
+    for sure (or `below` is where masses end), tokens above `above` for sure have not; the threshold is near `guess`."""
     part, j = tl.arange(0, PARTS), tl.arange(0, 16)
     mine = sums + row.to(tl.int64) * parts * 16
     sum_P16 = tl.load(mine + part[:, None] * 16 + j[None, :], mask=(part < parts)[:, None], other=0.0)
@@ -128,7 +128,7 @@ def _more(sums, x, m, pivot, TILE: tl.constexpr):
 
 @partial(Kernel, fused=False)
 def choose(
-    logits, tops, floats, numbers, peaks, blocks, counts, list_x, list_token, draws, STRIDE, VOCAB, P,
+    logits, tops, floats, numbers, peaks, blocks, counts, lists, draws, STRIDE, VOCAB, P,
     UNIT: tl.constexpr, N2: tl.constexpr, L: tl.constexpr, PARTS: tl.constexpr, TILE: tl.constexpr,
     BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -158,7 +158,7 @@ def choose(
             tl.store(blocks + tl.cumsum(chosen, 0) - 1, n, mask=chosen == 1)
             some = tl.sum(chosen, 0)
             tl.debug_barrier()
-            xs, tokens = list_x + row.to(tl.int64) * L, list_token + row.to(tl.int64) * L
+            draws_of = lists + row.to(tl.int64) * L
             line = logits + row.to(tl.int64) * stride
             lane = tl.arange(0, TILE)
             count = 0
@@ -168,8 +168,7 @@ def choose(
                 x = scaled(line, tl.where(which < some, at, vocab), vocab, heat)
                 take = ((x >= below) & (x > float("-inf"))).to(tl.int32)
                 to = count + tl.cumsum(take, 0) - 1
-                tl.store(xs + to, x, mask=(take == 1) & (to < L))
-                tl.store(tokens + to, at, mask=(take == 1) & (to < L))
+                tl.store(draws_of + to, pack(x, at), mask=(take == 1) & (to < L))
                 count += tl.sum(take, 0)
             tl.store(counts + row, count)
             tl.store(floats + BOUND, below)
@@ -178,8 +177,8 @@ def choose(
             if count <= _SMALL:
                 share = tl.load(numbers + TOP_P).to(tl.float64, bitcast=True)
                 none = tl.full((), 0, tl.int64)
-                low, found, draw = _from_list(
-                    xs, tokens, numbers, count, KTH, top, floor, k, share, none, none, 1.0, _SMALL, 4
+                low, _, draw = _from_list(
+                    draws_of, numbers, count, KTH, top, floor, k, share, none, none, 1.0, _SMALL, 4
                 )
                 tl.store(floats + LOW, low)
                 tl.store(draws + row * P, draw)
@@ -259,12 +258,12 @@ def weigh(
 
 @partial(Kernel, fused=False)
 def gather(
-    logits, tops, floats, numbers, peaks, sums, masses, counts, list_x, list_token, STRIDE, VOCAB, TILES,
+    logits, tops, floats, numbers, peaks, sums, masses, counts, lists, STRIDE, VOCAB, TILES,
     UNIT: tl.constexpr, L: tl.constexpr,
     PARTS: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid (P, S). masses: int64 (S, P, 2), of all tokens that pass min_p and of those above the bracket. counts: int32
-    (S,), zeros before. list_x, list_token: float32, int32 (S, L), in no order."""
+    (S,), zeros before. lists: int64 (S, L), draws in no order."""
     wait(PDL)
     part, row, parts = tl.program_id(0), tl.program_id(1), tl.num_programs(0)
     stride, vocab = STRIDE * UNIT, VOCAB * UNIT
@@ -301,8 +300,7 @@ def gather(
                     if found > 0:
                         to = tl.atomic_add(counts + row, found, sem="relaxed") + tl.cumsum(take, 0) - 1
                         inside = (take == 1) & (to < L)
-                        tl.store(list_x + row.to(tl.int64) * L + to, x, mask=inside)
-                        tl.store(list_token + row.to(tl.int64) * L + to, at, mask=inside)
+                        tl.store(lists + row.to(tl.int64) * L + to, pack(x, at), mask=inside)
         tl.store(masses + (row * parts + part) * 2, tl.sum(all_mass, 0))
         tl.store(masses + (row * parts + part) * 2 + 1, tl.sum(mass_above, 0))
     release(PDL)
@@ -315,14 +313,15 @@ def _limit(total, share):
 
 @triton.jit
 def _from_list(
-    xs, tokens, numbers, count, todo, top, floor, k, share, all_mass, mass_above, whole,
+    draws_of, numbers, count, todo, top, floor, k, share, all_mass, mass_above, whole,
     SIZE: tl.constexpr, WAYS: tl.constexpr,
 ):  # fmt: skip
     """(threshold, whether it was found, the draw or `LOWEST`) from a row's list of `count` tokens."""
     lane = tl.arange(0, SIZE)
     inside = lane < count
-    x = tl.load(xs + lane, mask=inside, other=float("-inf"))
-    key = tl.where(inside, order(x), -0x7FFFFFFF)
+    mine = tl.load(draws_of + lane, mask=inside, other=LOWEST)
+    x, token = unpack(mine)
+    key = tl.where(inside, (mine >> 32).to(tl.int32), -0x7FFFFFFF)
     first, last = tl.min(tl.where(inside, key, 0x7FFFFFFF), 0).to(tl.int64), tl.max(key, 0).to(tl.int64)
     low, found = floor, 1
     if (todo == KTH) & (count >= k):
@@ -342,7 +341,6 @@ def _from_list(
                     found = 0
     draw = tl.full((), LOWEST, tl.int64)
     if (found == 1) & (whole == 1.0):
-        token = tl.load(tokens + lane, mask=inside, other=0)
         score = x
         if tl.load(numbers + STILL) == 0:
             words = words_at(token, tl.load(numbers + POSITION), tl.load(numbers + SAMPLE), tl.load(numbers + SEED))
@@ -384,7 +382,7 @@ def _from_row(line, vocab, heat, top, need, below, above, WEIGHED: tl.constexpr,
 
 @partial(Kernel, fused=False)
 def settle(
-    logits, tops, floats, numbers, masses, counts, list_x, list_token, draws, STRIDE, VOCAB, P,
+    logits, tops, floats, numbers, masses, counts, lists, draws, STRIDE, VOCAB, P,
     UNIT: tl.constexpr, L: tl.constexpr, PARTS: tl.constexpr, TILE: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
@@ -413,14 +411,14 @@ def settle(
             mass_of = masses + (row * P + part) * 2
             all_mass = tl.sum(tl.load(mass_of, mask=part < P, other=0), 0)
             mass_above = tl.sum(tl.load(mass_of + 1, mask=part < P, other=0), 0)
-            xs, tokens = list_x + row.to(tl.int64) * L, list_token + row.to(tl.int64) * L
+            draws_of = lists + row.to(tl.int64) * L
             if count <= _SMALL:
                 low, found, draw = _from_list(
-                    xs, tokens, numbers, count, todo, top, floor, k, share, all_mass, mass_above, whole, _SMALL, 4
+                    draws_of, numbers, count, todo, top, floor, k, share, all_mass, mass_above, whole, _SMALL, 4
                 )
             elif count <= L:
                 low, found, draw = _from_list(
-                    xs, tokens, numbers, count, todo, top, floor, k, share, all_mass, mass_above, whole, L, 1
+                    draws_of, numbers, count, todo, top, floor, k, share, all_mass, mass_above, whole, L, 1
                 )
             else:
                 found = 0
