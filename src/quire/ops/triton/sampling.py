@@ -21,7 +21,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from quire.ops.sampling import Noise
+from quire.ops.sampling import Kind, Noise, Out
 from quire.ops.triton import truncation
 from quire.ops.triton.draws import LOWEST, gumbel, may_reach, pack, take_larger, unpack, words_from
 from quire.ops.triton.launch import Kernel, ceil, power, release, wait
@@ -51,28 +51,6 @@ PARTS = 128  # most of a row
 PROGRAMS = 1024  # into which the rows of a call are split, or some more: eight for each multiprocessor
 WARPS = 8
 _REALS, _WHOLES = tl.constexpr(6), tl.constexpr(5)  # columns of the tables
-
-
-class Out(NamedTuple):
-    """Where the draws go, all contiguous on the device; None: not wanted.
-
-    tokens: int64 (S,). top: float32 (S,), the largest (scaled) logit. low: float32 (S,), the threshold (-inf: none).
-    packed: int32 (S, 2), for the host: the token, and 0, or 1 if the row has NaN, or 2 if every token is masked. last,
-    length: int64 (X,), written at the sampled rows: the token and its index.
-    """
-
-    tokens_S: Tensor
-    top_S: Tensor
-    low_S: Tensor | None = None
-    packed_S2: Tensor | None = None
-    last_X: Tensor | None = None
-    length_X: Tensor | None = None
-
-    @staticmethod
-    def new(rows: int, device: torch.device, low: bool = False) -> Out:
-        tokens_S = torch.empty(rows, dtype=torch.int64, device=device)
-        top_S, low_S = (torch.empty(rows, device=device) for _ in range(2))
-        return Out(tokens_S, top_S, low_S if low else None)
 
 
 # --- kernels ---------------------------------------------------------------------------------------------------------
@@ -399,3 +377,20 @@ def general_step(
     """
     of = _Of(rows_S, positions_S, reals_RC, wholes_RC)
     _general(logits_SV, of, out, store=False, truncated=truncated, nucleus=nucleus)
+
+
+def draw_step(
+    logits_SV: Tensor,
+    rows_S: Tensor,
+    positions_S: Tensor,
+    reals_XC: Tensor,
+    wholes_XC: Tensor,
+    out: Out,
+    kind: Kind,
+) -> None:
+    """The op `draw_step`: see `ops.sampling.draw_step`."""
+    if kind is Kind.GREEDY:
+        greedy_step(logits_SV, rows_S, positions_S, out)
+    else:
+        truncated, nucleus = kind >= Kind.TOP_K, kind is Kind.TOP_P
+        general_step(logits_SV, rows_S, positions_S, reals_XC, wholes_XC, out, truncated, nucleus)
