@@ -349,36 +349,6 @@ def sample(
     return out.tokens_S, out.top_S, out.low_S
 
 
-def greedy_step(logits_SV: Tensor, rows_S: Tensor, positions_S: Tensor, out: Out) -> None:
-    """A step's draw where every row is greedy. Two launches; arguments as for `general_step`."""
-    _greedy(logits_SV, _Of(rows_S, positions_S), out)
-
-
-def general_step(
-    logits_SV: Tensor,
-    rows_S: Tensor,
-    positions_S: Tensor,
-    reals_RC: Tensor,
-    wholes_RC: Tensor,
-    out: Out,
-    truncated: bool = True,
-    nucleus: bool = True,
-) -> None:
-    """A step's draw, by parameters that are on the device, to be captured as a graph: nothing here depends on a value.
-
-    logits: (S, V) as the model leaves them, not changed. rows: int32 or int64 (S,), each row's line in the tables and
-    in `last` and `length`; a padding row (below 0, or R or more) has token 0 and is not drawn, and what is beyond X is
-    not written. positions: int32 or int64 (S,), the index of the token to draw. reals: float64 (R, 6), wholes: int64
-    (R, 5), as in SamplingState: temperature, log of min_p (-inf: off), top_p (1: off), ...; seed, sample index, ...,
-    top_k (0: off) in column 3, greedy (not 0) in column 4. out: where the results go.
-
-    truncated, nucleus: what the graph can do. False promises that no row has min_p, top_k or top_p (two launches
-    instead of nine), or that none has top_p (five).
-    """
-    of = _Of(rows_S, positions_S, reals_RC, wholes_RC)
-    _general(logits_SV, of, out, store=False, truncated=truncated, nucleus=nucleus)
-
-
 def draw_step(
     logits_SV: Tensor,
     rows_S: Tensor,
@@ -388,9 +358,10 @@ def draw_step(
     out: Out,
     kind: Kind,
 ) -> None:
-    """The op `draw_step`: see `ops.sampling.draw_step`."""
+    """The op `draw_step`: see `ops.sampling.draw_step`. rows, positions: int32 or int64. A padding row has token 0 (but
+    for `Kind.GREEDY`, which reads no table). Launches: 2, 2, 5, 9 by kind."""
+    of = _Of(rows_S, positions_S, reals_XC, wholes_XC)
     if kind is Kind.GREEDY:
-        greedy_step(logits_SV, rows_S, positions_S, out)
+        _greedy(logits_SV, of, out)
     else:
-        truncated, nucleus = kind >= Kind.TOP_K, kind is Kind.TOP_P
-        general_step(logits_SV, rows_S, positions_S, reals_XC, wholes_XC, out, truncated, nucleus)
+        _general(logits_SV, of, out, False, kind >= Kind.TOP_K, kind is Kind.TOP_P)
