@@ -134,7 +134,7 @@ def _scan(
     for start in range(part * TILES * TILE, end, TILE):
         at = start + lane
         x = tl.load(line + at, mask=at < vocab, other=float("-inf")).to(tl.float32)
-        if STORE:  # noqa: SIM102 (known when it is compiled)
+        if STORE:
             if heat != 1.0:
                 x = tl.math.div_rn(x, heat)
                 tl.store(line + at, x, mask=at < vocab)
