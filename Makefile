@@ -7,6 +7,7 @@
 #   make bench   throughput, latency and start-up of the bundled model on this machine
 #   make bench-cpu        quire beside its peers on this CPU (ARGS="--minutes 8", repeated until it is whole)
 #   make bench-cpu-peers  install those peers, each in a virtual environment under .bench
+#   make bench-gpu        W1 to W8 on one GPU, in ten minutes (ARGS="--minutes 9")
 #   make docs    write the generated pages, check links
 #   make soak    what takes long: random workloads, the whole fault matrix, thousands of odd requests, 10 minutes of load
 #   make clean   remove .venv and caches
@@ -19,7 +20,7 @@ ARGS ?=
 # Python files that are not in src.
 REST := $(wildcard tests examples benchmarks tools docs csrc hatch_build.py)
 
-.PHONY: demo test browser check native bench bench-cpu bench-cpu-peers docs soak clean setup
+.PHONY: demo test browser check native bench bench-cpu bench-cpu-peers bench-gpu docs soak clean setup
 
 # One pip command, so that torch is resolved once, to the version in constraints.txt.
 $(STAMP): pyproject.toml constraints.txt
@@ -61,6 +62,9 @@ bench-cpu: $(STAMP)
 bench-cpu-peers: $(STAMP)
 	$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[bench]'
 	$(BIN)/python -m benchmarks.cpu.install $(ARGS)
+
+bench-gpu: $(STAMP)
+	$(BIN)/python -m benchmarks.gpu.run $(ARGS)
 
 docs: $(STAMP)
 	$(BIN)/python docs/generate.py

@@ -3,9 +3,9 @@
     python -m benchmarks.gpu.serve --model l8b --json serve.json [--rates 20 40] [--seconds 20] [--burst 1000]
         [-- more arguments of quire serve]
 
-For each rate, as many requests as come in `--seconds` (Poisson arrivals); then `--burst` at once. Prompts are token ids,
-512 of them, 128 come back. The clients are those of `quire bench serve`, in this process. The server has a tokenizer
-whose tokens are texts of four letters, so that it turns tokens into text as it would for a real model.
+For each rate, as many requests as come in `--seconds` (Poisson arrivals); then `--burst` at once. Prompts are token
+ids, 512 of them, 128 come back. The clients are those of `quire bench serve`, in this process. The server has a
+tokenizer whose tokens are texts of four letters, so that it turns tokens into text as it would for a real model.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""W5: seconds from a process's start to the engine and to its first token, with compiled kernels to be found and without.
+"""W5: seconds from a process's start to its engine and to its first token; with and without compiled kernels at hand.
 
     python -m benchmarks.gpu.startup --models qwen06 l1b l8b --json startup.json [--warm 3] [--cache FOLDER]
         [-- more arguments of the engine]
