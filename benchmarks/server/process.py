@@ -43,11 +43,13 @@ class ServerProcess:
         with urlopen(f"{self.url}/health") as answer:
             assert answer.status == 200
         self.ready_s = time.monotonic() - begin
-        threading.Thread(target=self._read, daemon=True).start()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
 
     def _read(self) -> None:
         assert self.process.stderr is not None
-        self.log.extend(self.process.stderr)
+        with self.process.stderr as lines:
+            self.log.extend(lines)
 
     @property
     def front(self) -> psutil.Process:
@@ -68,7 +70,9 @@ class ServerProcess:
 
     def stop(self) -> int:
         self.process.terminate()
-        return self.process.wait(60)
+        status = self.process.wait(60)
+        self._reader.join()
+        return status
 
 
 def use(process: psutil.Process) -> Use:
