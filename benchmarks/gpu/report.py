@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -251,7 +252,8 @@ def main() -> None:
     if args.plot is not None:
         draw(rows(result, recorded), args.plot)
     if args.page is not None:
-        write_page(args.page, part)
+        there = None if args.plot is None else os.path.relpath(args.plot, args.page.parent)
+        write_page(args.page, part if there is None else f"{part}\n\n![The same, beside vLLM]({there})")
 
 
 if __name__ == "__main__":
