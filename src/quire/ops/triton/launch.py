@@ -34,6 +34,12 @@ def dependent() -> bool:
     return not INTERPRETED and torch.cuda.get_device_capability()[0] >= 9
 
 
+@cache
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU."""
+    return 2 if INTERPRETED else torch.cuda.get_device_properties(device).multi_processor_count
+
+
 class Kernel:
     """A kernel in Triton. Its parameters: tensors, then integers that vary from call to call (in capitals; one compiled
     kernel serves all their values), then constants, the last of which is `PDL`, added here."""
@@ -53,16 +59,22 @@ class Kernel:
         constants: tuple[Any, ...] = (),
         warps: int = 4,
         stages: int = 1,
+        tiles: tuple[Any, ...] = (),
     ) -> None:
-        """Tensors of any alignment; sizes below 2^31."""
+        """Tensors of any alignment; sizes below 2^31. `tiles`: tensor descriptors, before the tensors."""
+        pdl = dependent()
+        if tiles:
+            self._jit[grid](
+                *tiles, *tensors, *sizes, *constants, pdl, num_warps=warps, num_stages=stages, launch_pdl=pdl
+            )
+            return
         pointers = [None if x is None else x.data_ptr() for x in tensors]
         bits = 0
         for pointer in pointers:
             bits |= pointer or 0
         device = 0 if INTERPRETED else torch.cuda.current_device()
-        key = (constants, warps, stages, device, bits & 15, *[None if x is None else x.dtype for x in tensors])
+        key = (constants, warps, stages, device, pdl, bits & 15, *[None if x is None else x.dtype for x in tensors])
         compiled = self._compiled.get(key)
-        pdl = dependent()
         if compiled is None:
             compiled = self._jit[grid](
                 *tensors, *sizes, *constants, pdl, num_warps=warps, num_stages=stages, launch_pdl=pdl

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
-from dataclasses import replace
 
 import torch
 
@@ -39,6 +38,17 @@ def integers(case: Case) -> str | None:
 def supports_copies(case: Case) -> str | None:
     """Pages are moved as they are, whatever their type."""
     return refusal(replace(case, dtype=torch.float32))
+
+
+def supports_linear(case: Case) -> str | None:
+    """torch's own product is what a case in float32 needs."""
+    return refusal(case) or ("is for bfloat16 and float16" if case.dtype == torch.float32 else None)
+
+
+def supports_invariant(case: Case) -> str | None:
+    """Like `linear`; the copy engine needs rows of whole 16 bytes."""
+    inputs = case.shapes.get("inputs", 8)
+    return supports_linear(case) or (None if inputs % 8 == 0 else f"needs inputs in eights, not {inputs}")
 
 
 def supports_norm(case: Case) -> str | None:
