@@ -95,8 +95,8 @@ class Layout:
 
 
 class Graphs:
-    """See the module. `most`: tokens of the largest step; `most_captured`: of the largest that may be a graph though not
-    every row decodes, 0 where attention must be told the rows by the host."""
+    """See the module. `most`: tokens of the largest step; `most_captured`: of the largest that may be a graph though
+    not every row decodes, 0 where attention must be told the rows by the host."""
 
     def __init__(
         self,
