@@ -62,12 +62,12 @@ def write_kv(k_TKE: Tensor, v_TKE: Tensor, kv: Tensor, slots_T: Tensor) -> None:
         flat[target_T] = torch.where(any_written, new_TKE[source_T].to(flat.dtype), flat[:1])
 
 
-def copy_pages(tensors: Sequence[Tensor], sources_C: Tensor, targets_C: Tensor) -> None:
-    """Copies whole pages (int64 ids, on the host) of each of some KV tensors (2, N, B, K, E), contiguous and of one
-    shape and type; every source is read before a target is written."""
-    sources_C, targets_C = sources_C.to(tensors[0].device), targets_C.to(tensors[0].device)
-    for kv in tensors:
-        kv[:, targets_C] = kv[:, sources_C]
+def copy_pages(sources: Sequence[Tensor], targets: Sequence[Tensor], sources_C: Tensor, targets_C: Tensor) -> None:
+    """Copies whole pages (int64 ids, on the host) of each of some KV tensors (2, N, B, K, E) to the same place in the
+    list of others, or of the same ones, contiguous and of one type; every source is read before a target is written.
+    Tensors on the host are pinned where the others are on a device."""
+    for source, target in zip(sources, targets, strict=True):
+        target[:, targets_C.to(target.device)] = source[:, sources_C.to(source.device)].to(target.device)
 
 
 COPY_PAGES = REGISTRY.op("copy_pages", copy_pages)

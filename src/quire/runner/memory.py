@@ -118,7 +118,6 @@ def device_memory(
             max_len=config.cache.block_size,
             num_decodes=0,
             groups=tuple(GroupMeta(tables, nowhere) for _ in groups),
-            kv_lens=[0],
         )
         zeros = torch.zeros(tokens, dtype=torch.int64, device=device)
         hidden_TD = model(zeros, zeros, Step(zeros, meta, store.layers))

@@ -137,6 +137,14 @@ def test_copies_of_pages(device: torch.device, dtype: torch.dtype, targets: list
     tensors = [torch.randint(-99, 99, (2, 7, 4, 3, 20), device=device).to(dtype) for _ in range(3)]
     expected = [x.clone() for x in tensors]
     ids = torch.tensor([1, 1, 6]), torch.tensor(targets)
-    caches.copy_pages(expected, *ids)
-    cache.copy_pages(tensors, *ids)
+    caches.copy_pages(expected, expected, *ids)
+    cache.copy_pages(tensors, tensors, *ids)
     assert all(torch.equal(a, b) for a, b in zip(tensors, expected, strict=True))
+    host = [torch.zeros((2, 9, 4, 3, 20), dtype=dtype, pin_memory=device.type == "cuda") for _ in range(3)]
+    cache.copy_pages(tensors, host, torch.tensor([2, 0]), torch.tensor([8, 1]))
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    for there, here in zip(host, expected, strict=True):
+        assert torch.equal(there[:, [8, 1]], here[:, [2, 0]].cpu()) and not there[:, 2:8].any()
+    cache.copy_pages(host, tensors, torch.tensor([8]), torch.tensor([4]))
+    assert all(torch.equal(x[:, 4], x[:, 2]) for x in tensors)

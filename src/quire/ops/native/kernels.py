@@ -205,8 +205,10 @@ class Kernels:
         self.pool.run(program.gather(ids_T, table_VD, out_TD, self.count(ids_T.shape[0]), offset, add_TD))
         return out_TD
 
-    def copy_pages(self, tensors: Sequence[Tensor], sources_C: Tensor, targets_C: Tensor) -> None:
-        copy_pages(tensors, sources_C, targets_C)
+    def copy_pages(
+        self, sources: Sequence[Tensor], targets: Sequence[Tensor], sources_C: Tensor, targets_C: Tensor
+    ) -> None:
+        copy_pages(sources, targets, sources_C, targets_C)
 
     def quantized_linear(
         self, x: Tensor, weight: QuantizedWeight, bias_N: Tensor | None, dtype: torch.dtype | None = None

@@ -18,29 +18,32 @@ from quire.ops.triton.launch import Kernel, ceil, release, wait
 BLOCK = 2048
 
 
-def copy_pages(tensors: Sequence[Tensor], sources_C: Tensor, targets_C: Tensor) -> None:
-    first, count = tensors[0], sources_C.shape[0]
+def copy_pages(sources: Sequence[Tensor], targets: Sequence[Tensor], sources_C: Tensor, targets_C: Tensor) -> None:
+    first, count = sources[0], sources_C.shape[0]
     size = first[0, 0].numel() * first.element_size()
-    if size % 4 or set(sources_C.tolist()) & set(targets_C.tolist()):
-        return reference.copy_pages(tensors, sources_C, targets_C)
+    same = sources[0].data_ptr() == targets[0].data_ptr()
+    if size % 4 or (same and set(sources_C.tolist()) & set(targets_C.tolist())):
+        return reference.copy_pages(sources, targets, sources_C, targets_C)
     if count:
         # What the kernel must know of them goes over in one piece.
-        addresses_L = torch.tensor([x.data_ptr() for x in tensors])
-        table = torch.cat((addresses_L, sources_C, targets_C)).to(first.device)
-        grid = (count, 2 * len(tensors), ceil(size // 4, BLOCK))
-        _copy_kernel(grid, (table,), (count,), (len(tensors), first.shape[1], size // 4, BLOCK))
+        device = first.device if first.is_cuda else targets[0].device
+        addresses_2L = torch.tensor([x.data_ptr() for x in (*sources, *targets)])
+        table = torch.cat((addresses_2L, sources_C, targets_C)).to(device)
+        layers, words = len(sources), size // 4
+        grid = (count, 2 * layers, ceil(words, BLOCK))
+        _copy_kernel(grid, (table,), (count, first.shape[1], targets[0].shape[1]), (layers, words, BLOCK))
 
 
 @Kernel
-def _copy_kernel(
-    table, C, L: tl.constexpr, pages: tl.constexpr, WORDS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
-):
+def _copy_kernel(table, C, FROM, TO, L: tl.constexpr, WORDS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    """FROM, TO: pages of a tensor of either kind."""
     release(PDL)
     c, layer, half = tl.program_id(0), tl.program_id(1) // 2, tl.program_id(1) % 2
     word = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
     inside = word < WORDS
     wait(PDL)
-    base = tl.multiple_of(tl.load(table + layer).to(tl.pointer_type(tl.int32)), 16)
-    source = (half * pages + tl.load(table + L + c)) * WORDS
-    target = (half * pages + tl.load(table + L + C + c)) * WORDS
-    tl.store(base + target + word, tl.load(base + source + word, inside), inside)
+    source = tl.multiple_of(tl.load(table + layer).to(tl.pointer_type(tl.int32)), 16)
+    target = tl.multiple_of(tl.load(table + L + layer).to(tl.pointer_type(tl.int32)), 16)
+    source += (half * FROM + tl.load(table + 2 * L + c)) * WORDS
+    target += (half * TO + tl.load(table + 2 * L + C + c)) * WORDS
+    tl.store(target + word, tl.load(source + word, inside), inside)
