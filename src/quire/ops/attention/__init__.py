@@ -11,7 +11,8 @@ from quire.ops.attention.reference import attention
 from quire.ops.dispatch import REGISTRY
 
 ATTENTION = REGISTRY.op("attention", attention)
-native.register(ATTENTION, "supports_attention")
+native.native.register(ATTENTION, "supports_attention")
+triton.register(ATTENTION, "attention:attention", "supports_attention")
 triton.register(ATTENTION, "attention:attention")
 
 __all__ = ["ATTENTION", "AttentionMeta", "GroupMeta", "attention"]
