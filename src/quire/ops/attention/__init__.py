@@ -11,8 +11,7 @@ from quire.ops.attention.reference import attention
 from quire.ops.dispatch import REGISTRY
 
 ATTENTION = REGISTRY.op("attention", attention)
-native.native.register(ATTENTION, "supports_attention")
+native.register(ATTENTION, "supports_attention")
 triton.register(ATTENTION, "attention:attention", "supports_attention")
-triton.register(ATTENTION, "attention:attention")
 
 __all__ = ["ATTENTION", "AttentionMeta", "GroupMeta", "attention"]
