@@ -206,6 +206,7 @@ class ServerArgs(_Checked):
     max_num_queued_tokens: int | None = arg(None, "Most prompt tokens that may wait; then requests are answered with 429.", "Server", low=0)
     shutdown_timeout: float = arg(30.0, "Seconds for running requests to end after SIGTERM, before they are ended.", "Server", low=0.0)
     health_stall_timeout: float = arg(60.0, "Seconds without progress on waiting work after which /health is 503.", "Server", low=0.1)
+    engine_stall_timeout: float = arg(180.0, "Seconds without progress on waiting work after which the engine's process is killed and started again, and its requests go on from their tokens; 0: never.", "Server", low=0.0)
     chat_template_content_format: str = arg("auto", "Whether templates get a message's content as text or as a list of parts.", "Server", choices=("auto", "string", "openai"))
     trust_request_chat_template: bool = arg(False, "Let requests bring a chat template of their own.", "Server")
     default_chat_template_kwargs: dict[str, Any] = arg({}, "Arguments of the chat template, under those of each request.", "Server")

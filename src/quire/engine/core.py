@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
 
 import msgspec
@@ -17,13 +18,15 @@ from quire.config.schema import Config
 from quire.core.scheduler import Scheduler
 from quire.engine.trial import Trial
 from quire.executor.base import Executor, Result
-from quire.runner.logits import has_processors
-from quire.types.errors import EngineError
+from quire.runner.processors import has_processors
+from quire.types.errors import ClientError, EngineError
+from quire.types.params import SamplingParams
 from quire.types.plan import Plan
-from quire.types.request import Delta, Request
+from quire.types.request import Delta, FinishReason, Request
 from quire.types.stats import BlockMap, EngineStats
 
 log = logging.getLogger(__name__)
+_GRAMMAR_S = 0.005  # how long a step waits for grammars where there is nothing else to do
 
 
 @dataclass(slots=True)
@@ -68,6 +71,7 @@ class EngineCore:
         self._inflight: deque[tuple[Plan, Result]] = deque()
         self._trial = Trial(self._scheduler.reached)
         self._times: dict[str, Times] = {}
+        self._deferred: dict[str, tuple[Request, Future[None]]] = {}  # their grammars are being compiled
         self.step_tokens = 0
         self.progress = time.monotonic()  # when something was last computed
 
@@ -75,6 +79,10 @@ class EngineCore:
         """Keep the device busy, then take in the oldest result. Raises `EngineError` if the workers are gone.
         `step_tokens` is then how many tokens that step computed."""
         self.step_tokens = 0
+        failed = self._admit() if self._deferred else []
+        return [*failed, *self._step()]
+
+    def _step(self) -> list[Delta]:
         try:
             depth = self._depth if self._trial.running is None else 1
             while len(self._inflight) < depth and (plan := self._scheduler.schedule()) is not None:
@@ -161,7 +169,37 @@ class EngineCore:
         return self._scheduler.discard()
 
     def add(self, request: Request) -> None:
-        """Raises `ClientError` if the request can never run here."""
+        """Raises `ClientError` if the request can never run here. One with a grammar waits, if need be, until that is
+        compiled, and no other waits with it."""
+        params = request.params
+        if isinstance(params, SamplingParams) and params.structured_outputs is not None:
+            if request.id in self._deferred:
+                raise ClientError(f"request id {request.id!r} is in use", "request_id", request.id)
+            assert params.structured_outputs.grammar is not None
+            ready = self._executor.prepare(params.structured_outputs.grammar, params.eos_token_ids)
+            if not ready.done():
+                self._deferred[request.id] = request, ready
+                return
+        self._enter(request)
+
+    def _admit(self) -> list[Delta]:
+        """The requests whose grammars are ready enter; answers those that cannot."""
+        if not self._scheduler.has_work:
+            wait([ready for _, ready in self._deferred.values()], _GRAMMAR_S, FIRST_COMPLETED)
+        failed: list[Delta] = []
+        for name, (request, ready) in list(self._deferred.items()):
+            if not ready.done():
+                continue
+            del self._deferred[name]
+            try:
+                ready.result()
+                self._enter(request)
+            except Exception as error:
+                log.warning("request %s cannot run: %s", name, error)
+                failed.append(Delta(name, 0, [], FinishReason.ERROR, error=str(error)))
+        return failed
+
+    def _enter(self, request: Request) -> None:
         self._scheduler.add(request)
         if self._trial.running is not None:
             self._scheduler.only(self._trial.running)
@@ -170,6 +208,7 @@ class EngineCore:
         """End requests at once; their blocks are free for the next plan. Unknown ids are ignored."""
         for name in request_ids:
             self._times.pop(name, None)
+            self._deferred.pop(name, None)
             self._scheduler.abort(name)
 
     def end(self, request_id: str, index: int, at: int) -> None:
@@ -178,14 +217,17 @@ class EngineCore:
 
     def alive(self, request_id: str) -> bool:
         """Whether a request has not ended."""
-        return self._scheduler.reached(request_id) is not None
+        return request_id in self._deferred or self._scheduler.reached(request_id) is not None
 
     @property
     def has_work(self) -> bool:
-        return self._scheduler.has_work
+        return bool(self._deferred) or self._scheduler.has_work
 
     def stats(self) -> EngineStats:
-        return self._scheduler.stats()
+        s, late = self._scheduler.stats(), len(self._deferred)
+        if not late:
+            return s
+        return msgspec.structs.replace(s, received=s.received + late, waiting=s.waiting + late, deferred=late)
 
     def queue(self) -> tuple[EngineStats, int]:
         """The statistics, and how many requests they do not know of: none, here."""

@@ -5,7 +5,8 @@ Knows nothing of scheduling or of other ranks' processes.
 
 from __future__ import annotations
 
-from functools import partial
+import threading
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import cast
 
 import torch
@@ -27,7 +28,7 @@ from quire.runner.model_runner import ModelRunner, Pending
 from quire.runner.replay import make_replay
 from quire.runner.sampler import Sampler
 from quire.runner.table import RequestTable
-from quire.structured.compiler import Compiler, compiler
+from quire.structured.compiler import THREADS, Compiler, compiler
 from quire.types.errors import ClientError
 from quire.types.kv import KVGroup
 from quire.types.plan import Plan, StepResult
@@ -42,6 +43,10 @@ class Worker:
     """
 
     def __init__(self, config: Config, rank: int = 0, world: int = 1) -> None:
+        self._config = config
+        self._compilers: dict[tuple[int, ...], Compiler] = {}
+        self._compiling = ThreadPoolExecutor(THREADS, "quire-grammars")
+        self._lock = threading.Lock()  # of making a compiler
         self.device = torch.device(config.device.device)
         if self.device.type == "cuda":
             self.device = torch.device("cuda", rank)
@@ -60,7 +65,7 @@ class Worker:
             processors,
             config.model.logprobs_mode,
             self.ops.bind(SAMPLE),
-            compilers=partial(_compiler, config),
+            compilers=self._compiler,
         )
         self.kv_groups: tuple[KVGroup, ...] = kv_groups(arch, config.model.max_model_len)
         kv_dtype = KV_DTYPES[config.cache.kv_cache_dtype]
@@ -90,11 +95,26 @@ class Worker:
         """Run a step to its end."""
         return self.submit(plan).result()
 
+    def prepare(self, grammar: str, eos_token_ids: tuple[int, ...]) -> Future[None]:
+        """Compile a grammar, which another process has tried, beside the steps; a row with it finds it made."""
+        made = self._compilers.get(eos_token_ids)
+        if made is None or not made.knows(grammar):
+            return self._compiling.submit(self._prepare, grammar, eos_token_ids)
+        known: Future[None] = Future()
+        known.set_result(None)
+        return known
 
-def _compiler(config: Config, eos: tuple[int, ...]) -> Compiler:
-    """Of grammars, for texts that `eos` end; made when the first constrained row comes."""
-    vocab_size, limit = config.model.arch.vocab_size, config.structured.grammar_timeout
-    return compiler(tokenizer_folder(config), vocab_size, eos, limit)
+    def _prepare(self, grammar: str, eos_token_ids: tuple[int, ...]) -> None:
+        self._compiler(eos_token_ids).trusted(grammar)
+
+    def _compiler(self, eos: tuple[int, ...]) -> Compiler:
+        """Of grammars, for texts that `eos` end; made when the first constrained row comes."""
+        model, limit = self._config.model, self._config.structured.grammar_timeout
+        with self._lock:
+            if (made := self._compilers.get(eos)) is None:
+                made = compiler(tokenizer_folder(self._config), model.arch.vocab_size, eos, limit)
+                self._compilers[eos] = made
+        return made
 
 
 def _leave_the_cores_to_native_threads(model: CausalLM, ops: Binder) -> None:

@@ -133,9 +133,10 @@ class _Uvicorn(uvicorn.Server):
         yield
 
 
-def _make(config: Config, made: Future[AsyncLLM]) -> None:
+def _make(config: Config, stall_s: float, made: Future[AsyncLLM]) -> None:
     try:
-        made.set_result(AsyncLLM(make=partial(LLMEngine, config, ProcessClient)))
+        client = partial(ProcessClient, stall_s=stall_s)
+        made.set_result(AsyncLLM(make=partial(LLMEngine, config, client)))
     except BaseException as error:
         made.set_exception(error)
 
@@ -190,7 +191,8 @@ class _Server:
         made: Future[AsyncLLM] = Future()
         made.set_running_or_notify_cancel()
         # A thread that the end of the program does not wait for: whoever stops a server does not wait for its model.
-        threading.Thread(target=_make, args=(config, made), name="quire-start", daemon=True).start()
+        make = partial(_make, config, self._args.engine_stall_timeout, made)
+        threading.Thread(target=make, name="quire-start", daemon=True).start()
         self._engine = engine = await asyncio.wrap_future(made)
         client = engine.engine.client
         assert isinstance(client, ProcessClient)
