@@ -42,12 +42,12 @@ class LLM:
 
     def __init__(self, model: str = "demo", *, disable_log_stats: bool = True, **engine_args: Any) -> None:
         args = EngineArgs(model=model, disable_log_stats=disable_log_stats, **engine_args)
-        setup_logging(args.log_level)
+        setup_logging(args.log_level, args.log_format)
         self._use(LLMEngine(resolve(args)))
 
     @classmethod
     def from_engine_args(cls, engine_args: EngineArgs) -> LLM:
-        setup_logging(engine_args.log_level)
+        setup_logging(engine_args.log_level, engine_args.log_format)
         return cls.from_engine(LLMEngine(resolve(engine_args)))
 
     @classmethod

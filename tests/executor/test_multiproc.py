@@ -22,7 +22,7 @@ from quire.types.plan import NewRow, Plan, ints
 
 HERE = Path(__file__).parent
 SRC = HERE.parents[1] / "src"
-LOG = SimpleNamespace(log_level="warning")
+LOG = SimpleNamespace(log_level="warning", log_format="text")
 FAKE = "fake_worker:FakeWorker"
 LIMIT_S = 30.0  # no wait in these tests may reach it
 
@@ -165,7 +165,7 @@ from types import SimpleNamespace
 from quire.executor.multiproc import MultiprocExecutor
 sys.path.insert(0, {here!r})
 config = SimpleNamespace(folder={folder!r}, fault=(1, 1, "hang"))
-config.observability = SimpleNamespace(log_level="warning")
+config.observability = SimpleNamespace(log_level="warning", log_format="text")
 executor = MultiprocExecutor(config, 2, worker="fake_worker:FakeWorker")
 from quire.types.plan import Plan, ints
 z = ints([0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import socket
@@ -298,6 +299,26 @@ def test_a_killed_front_end_leaves_nothing(start: Callable[..., Server]) -> None
     port = server.url.rpartition(":")[2]
     again = start(f"--port={port}")
     assert again.post("/v1/completions", {"prompt": "x", "max_tokens": 1}).status_code == 200
+
+
+def test_a_log_of_json(start: Callable[..., Server]) -> None:
+    server = start("--log-format=json", "--enable-log-requests", "--log-interval=0.2")
+    headers = {"x-request-id": "of-mine"}
+    assert server.post("/v1/completions", {"prompt": "x", "max_tokens": 400, "ignore_eos": True}, headers=headers)
+    host, port = server.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=10) as connection:
+        connection.sendall(b"nonsense\r\n\r\n")
+        assert connection.recv(100).startswith(b"HTTP/1.1 400")
+    assert server.stop() == 0
+    lines = [json.loads(line) for line in server.log]
+    assert all({"time", "level", "logger", "process", "message"} <= line.keys() for line in lines)
+    (asked, answered) = [line for line in lines if "of-mine" in line.get("request_id", "")]
+    assert asked["prompt_tokens"] and "max_tokens=400" in asked["params"]
+    assert (answered["status"], answered["path"], answered["method"]) == (200, "/v1/completions", "POST")
+    assert any(line["logger"] == "uvicorn.error" for line in lines)
+    assert any(line.get("generation_tokens", 0) > 0 for line in lines), "a line each interval"
+    (served,) = [line for line in lines if "start" in line]
+    assert {"process", "model", "engine", "total"} <= served["start"].keys()
 
 
 def test_a_profile(start: Callable[..., Server], tmp_path: Path) -> None:

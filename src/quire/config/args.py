@@ -157,6 +157,8 @@ class EngineArgs(_Checked):
 
     disable_log_stats: bool = arg(False, "No periodic line of statistics.", "Observability")
     log_level: str | None = arg(None, "Level of the log; QUIRE_LOG_LEVEL, else `info`, by default.", "Observability", choices=("debug", "info", "warning", "error", "critical"))
+    log_format: str = arg("text", "What a line of the log is: text for people, or a JSON object with time, level, message, request id and numbers by name.", "Observability", choices=("text", "json"))
+    nvtx: bool = arg(False, "Mark the parts of each step with NVTX ranges, for Nsight Systems; without effect on a CPU.", "Observability")
     log_interval: float = arg(10.0, "Seconds between two lines of statistics.", "Observability", low=0.0)
 
     limit_mm_per_prompt: dict[str, Any] = arg({}, "Accepted.", "Not yet in quire", harmless="models are text-only for now: no prompt has images")

@@ -18,12 +18,14 @@ from quire.config.schema import Config
 from quire.core.scheduler import Scheduler
 from quire.engine.trial import Trial
 from quire.executor.base import Executor, Result
+from quire.metrics.ranges import make_ranges
 from quire.runner.processors import has_processors
 from quire.types.errors import ClientError, EngineError
 from quire.types.params import SamplingParams
 from quire.types.plan import Plan
 from quire.types.request import Delta, FinishReason, Request
 from quire.types.stats import BlockMap, EngineStats
+from quire.utils.logging import fields
 
 log = logging.getLogger(__name__)
 _GRAMMAR_S = 0.005  # how long a step waits for grammars where there is nothing else to do
@@ -68,6 +70,7 @@ class EngineCore:
         )
         self._executor = executor
         self._depth = schedule.depth
+        self._range = make_ranges(config.observability.nvtx, config.device.device)
         self._inflight: deque[tuple[Plan, Result]] = deque()
         self._trial = Trial(self._scheduler.reached)
         self._times: dict[str, Times] = {}
@@ -85,13 +88,16 @@ class EngineCore:
     def _step(self) -> list[Delta]:
         try:
             depth = self._depth if self._trial.running is None else 1
-            while len(self._inflight) < depth and (plan := self._scheduler.schedule()) is not None:
-                self._stamp(plan)
-                self._inflight.append((plan, self._executor.submit(plan)))
+            while len(self._inflight) < depth and (plan := self._plan()) is not None:
+                with self._range("submit"):
+                    self._inflight.append((plan, self._executor.submit(plan)))
             if not self._inflight:
                 return self._nothing_planned()
             plan, pending = self._inflight[0]
-            deltas = self._scheduler.commit(plan, pending.result())
+            with self._range("wait"):
+                result = pending.result()
+            with self._range("commit"):
+                deltas = self._scheduler.commit(plan, result)
             self._inflight.popleft()
             self.step_tokens = int(plan.counts.sum())
             self.progress = time.monotonic()
@@ -106,6 +112,12 @@ class EngineCore:
         except BaseException:  # Ctrl-C in the middle of a step: nobody knows how far it came
             self._restart()
             raise
+
+    def _plan(self) -> Plan | None:
+        with self._range("schedule"):
+            if (plan := self._scheduler.schedule()) is not None:
+                self._stamp(plan)
+        return plan
 
     def _stamp(self, plan: Plan) -> None:
         entered, sampled = self._scheduler.firsts()
@@ -150,7 +162,8 @@ class EngineCore:
         if guilty is None:
             log.warning("a step of %d requests failed and is taken again in halves: %s", len(suspects), message)
         else:
-            log.error("request %s makes steps fail and is ended", guilty, exc_info=error)
+            about = fields(request_id=guilty)
+            log.error("request %s makes steps fail and is ended", guilty, exc_info=error, extra=about)
         if self._trial.broken:
             raise EngineError(f"steps of different requests fail one after the other: {message}") from error
         deltas = [] if guilty is None else self._scheduler.fail(guilty, message)
@@ -195,7 +208,7 @@ class EngineCore:
                 ready.result()
                 self._enter(request)
             except Exception as error:
-                log.warning("request %s cannot run: %s", name, error)
+                log.warning("request %s cannot run: %s", name, error, extra=fields(request_id=name))
                 failed.append(Delta(name, 0, [], FinishReason.ERROR, error=str(error)))
         return failed
 

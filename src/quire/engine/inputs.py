@@ -188,7 +188,7 @@ class InputProcessor:
         width = params.beam_width
         most = self._vocab if self._max_logprobs == -1 else min(self._vocab, self._max_logprobs)
         if 2 * width > most:
-            text = f"beam_width={width} takes the {2 * width} likeliest tokens of a step, and max_logprobs allows {most}"
+            text = f"beam_width={width} takes the {2 * width} likeliest tokens a step, and max_logprobs allows {most}"
             raise ClientError(f"{text}: lower it, or raise max_logprobs", "beam_width", width)
 
     def _check_params(self, params: SamplingParams) -> None:

@@ -311,7 +311,8 @@ class _Ranks:
 
 def serve(channel: Channel, config: Config, rank: int, world: int, meeting: str, worker: str) -> None:
     """What each process runs: makes the worker, then executes plans in the order they come until it is stopped."""
-    setup_logging(config.observability.log_level if rank == 0 else "warning")
+    shown = config.observability
+    setup_logging(shown.log_level if rank == 0 else "warning", shown.log_format)
     group = join(rank, world, Path(meeting))
     try:
         made = load(worker)(config, rank=rank, world=world)

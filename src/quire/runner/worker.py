@@ -16,6 +16,7 @@ from quire.config.schema import Config
 from quire.loading import load_model
 from quire.loading.mapped import mapped_bytes
 from quire.loading.passes import DTYPES
+from quire.metrics.ranges import make_ranges
 from quire.models.base import CausalLM, kv_groups
 from quire.ops.dispatch import Binder
 from quire.ops.native.bound import most_tokens
@@ -44,6 +45,7 @@ class Worker:
 
     def __init__(self, config: Config, rank: int = 0, world: int = 1) -> None:
         self._config = config
+        self._range = make_ranges(config.observability.nvtx, config.device.device)
         self._compilers: dict[tuple[int, ...], Compiler] = {}
         self._compiling = ThreadPoolExecutor(THREADS, "quire-grammars")
         self._lock = threading.Lock()  # of making a compiler
@@ -89,7 +91,8 @@ class Worker:
 
     def submit(self, plan: Plan) -> Pending:
         """Start a step; the result may be waited for later."""
-        return self._runner.submit(plan)
+        with self._range("step"):
+            return self._runner.submit(plan)
 
     def execute(self, plan: Plan) -> StepResult:
         """Run a step to its end."""

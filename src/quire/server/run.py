@@ -36,7 +36,7 @@ from quire.server.errors import unavailable
 from quire.server.protocol_http import Protocol
 from quire.server.served import Served
 from quire.types.errors import ClientError
-from quire.utils.logging import setup_logging
+from quire.utils.logging import fields, setup_logging
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +50,9 @@ def serve(engine_args: EngineArgs, args: ServerArgs, begun: float | None = None)
 
     Raises ClientError for a configuration that cannot be met.
     """
-    setup_logging(engine_args.log_level)
+    setup_logging(engine_args.log_level, engine_args.log_format)
+    for handler in logging.getLogger("quire").handlers:  # what uvicorn warns of looks like the rest
+        logging.getLogger("uvicorn.error").addHandler(handler)
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (_FILES if most < 0 else min(_FILES, most), most))
     sock = _bind(args)
@@ -204,7 +206,8 @@ class _Server:
         parts = ", ".join(f"{name} {value:.2f} s" for name, value in seconds.items())
         name = self._sock.getsockname()
         where = name if isinstance(name, str) else f"http://{name[0]}:{name[1]}"
-        log.info("serving %s on %s; the start took: %s", ", ".join(self._served.names), where, parts)
+        about = fields(models=list(self._served.names), where=where, start=seconds)
+        log.info("serving %s on %s; the start took: %s", ", ".join(self._served.names), where, parts, extra=about)
 
     async def _watch(self) -> None:
         """Returns when the engine is beyond help."""
