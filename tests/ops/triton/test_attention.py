@@ -68,9 +68,7 @@ class World:
         )  # fmt: skip
 
     def reference(self, scale: float = 0.3, **rule: Any) -> Tensor:
-        return attention(
-            self.q.float(), self.kv, self.group, self.meta(torch.device("cpu")), scale, self.window, **rule
-        )
+        return attention(self.q.float(), self.kv, self.group, self.meta(torch.device("cpu")), scale, self.window, **rule)
 
     def kernel(self, device: torch.device, scale: float = 0.3, captured: bool = False, **rule: Any) -> Tensor:
         from quire.ops.triton.attention import attention as kernel

@@ -108,9 +108,7 @@ class Launch:
 class Step:
     """What the layers of one kind share in a step. Shape legend: R rows, K KV heads, G query heads of a KV head."""
 
-    def __init__(
-        self, q_THE: Tensor, kv: Tensor, meta: AttentionMeta, window: int | None, rule: dict[str, bool]
-    ) -> None:
+    def __init__(self, q_THE: Tensor, kv: Tensor, meta: AttentionMeta, window: int | None, rule: dict[str, bool]) -> None:
         self.tokens, heads, size = q_THE.shape
         pages, block, kv_heads = kv.shape[1:4]
         group = heads // kv_heads
@@ -137,9 +135,7 @@ class Step:
             queries = 1 if longest == 1 else few
             own = queries * group
             spread = units * shape.spread
-            shared = min(short, spread // kv_heads + 1) * min(
-                shape.most, -(-meta.max_len // (shape.tile * shape.segment)) + 1
-            )
+            shared = min(short, spread // kv_heads + 1) * min(shape.most, -(-meta.max_len // (shape.tile * shape.segment)) + 1)
             items = short + shared
             self.items = torch.empty((items, ITEM), dtype=torch.int32, **new)
             self.head = torch.empty(1, dtype=torch.int32, **new)
@@ -216,7 +212,5 @@ def attention(
     if softcap is None:
         step.run(q_THE, kv, group, out_THE, scale * _LOG2E, 0.0, out_THE if slopes_H is None else slopes_H)
     else:
-        step.run(
-            q_THE, kv, group, out_THE, scale / softcap, softcap * _LOG2E, out_THE if slopes_H is None else slopes_H
-        )
+        step.run(q_THE, kv, group, out_THE, scale / softcap, softcap * _LOG2E, out_THE if slopes_H is None else slopes_H)
     return out_THE
