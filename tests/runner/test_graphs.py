@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from quire import LLM, SamplingParams
+from quire.ops.sampling import DRAW_STEP
 from quire.runner.graphs import Graphs, PlainRecorder, sizes
 
 PROMPTS = [[(7 * i + 3 * j) % 2000 + 10 for j in range(n)] for i, n in enumerate((1, 3, 90, 17, 33, 5))]
@@ -34,6 +35,7 @@ def run(graphs: bool, **options: Any) -> tuple[list[Any], list[int], int]:
 
             replay.carries = carries
             runner._replay = replay
+            runner._draw_step = worker.ops.bind(DRAW_STEP)
         common: dict[str, Any] = {"max_tokens": 40, "ignore_eos": True, "detokenize": False}
         params = [
             SamplingParams(temperature=0.0, **common),

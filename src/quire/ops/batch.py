@@ -92,4 +92,4 @@ def decode_batch(inputs: Tensor, rows: Rows, out: DecodeBuffers) -> None:
 
 
 DECODE_BATCH = REGISTRY.op("decode_batch", decode_batch)
-register(DECODE_BATCH, "batch:decode_batch", "integers")
+register(DECODE_BATCH, "batch:decode_batch", "untyped")

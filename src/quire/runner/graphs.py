@@ -22,6 +22,7 @@ from quire.layers.step import AttentionMeta, GroupMeta, Step
 from quire.models.base import CausalLM
 from quire.ops.batch import DECODE_BATCH, ON_DEVICE, PADDING, DecodeBuffers, Rows
 from quire.ops.dispatch import Binder
+from quire.ops.sampling import DRAW_STEP, Kind, Out
 from quire.runner.kv_store import KVStore
 from quire.runner.replayed import Replayed
 from quire.runner.table import RequestTable
@@ -109,6 +110,11 @@ class Graphs:
         self._cu_q = torch.arange(largest + 1, dtype=torch.int32, device=device)
         self._place = np.zeros(table.padding_row + 1, np.int64)
         self._forwards: dict[int, tuple[Captured, Tensor]] = {}
+        self._draw_step = ops.bind(DRAW_STEP)
+        packed_B2 = torch.zeros((largest, 2), dtype=torch.int32, device=device)
+        self._out = Out.new(largest, device)._replace(packed_S2=packed_B2, last_X=table.last_R, length_X=table.length_R)
+        self._draws: dict[tuple[int, Kind], Captured] = {}
+        self._ran = (0, 0)  # the size of the graph that ran last, and rows of the step
 
     def takes(self, plan: Plan) -> bool:
         """Every row decodes one token that it sampled itself, and is sampled again."""
@@ -142,7 +148,16 @@ class Graphs:
             self.capture(size)
         forward, logits_BV = self._forwards[size]
         forward.replay()
-        return Replayed(logits_BV[:count], self.buffers.rows_B[:count], self.buffers.lengths_B[:count].long())
+        self._ran = size, count
+        return Replayed(logits_BV[:count], self.buffers.rows_B[:count], self.buffers.lengths_B[:count], draw=self.draw)
+
+    def draw(self, kind: Kind) -> Out:
+        """The tokens of the step that ran last."""
+        size, count = self._ran
+        if (size, kind) not in self._draws:
+            self._capture_draw(size, kind)
+        self._draws[size, kind].replay()
+        return self._first(count)
 
     def size(self, count: int) -> int:
         """Rows of the graph that serves `count` rows."""
@@ -154,6 +169,8 @@ class Graphs:
         due = sorted({self.size(n) for n in these if n <= self._sizes[-1]}, reverse=True)
         for count in due:
             self.capture(count)
+            for kind in (Kind.GREEDY, Kind.NOISE):
+                self._capture_draw(count, kind)
         return len(due), time.monotonic() - begin
 
     def _send(self, plan: Plan, size: int, tables: bool) -> None:
@@ -182,6 +199,25 @@ class Graphs:
         self._forwards[size] = self._recorder(lambda: self._forward(size))
         inputs.copy_(kept)
         log.debug("a graph of %d rows was captured in %.3f s", size, time.monotonic() - begin)
+
+    @torch.inference_mode()
+    def _capture_draw(self, size: int, kind: Kind) -> None:
+        """Records a draw from the logits of a step of `size` rows, the one that ran last: to draw twice is to draw the
+        same."""
+        state = self._table.sampling
+
+        def draw() -> Tensor:
+            buffers, out = self.buffers.first(size), self._first(size)
+            logits_BV = self._forwards[size][1]
+            self._draw_step(logits_BV, buffers.rows_B, buffers.lengths_B, state.reals_RC, state.wholes_RC, out, kind)
+            return out.tokens_S
+
+        self._draws[size, kind] = self._recorder(draw)[0]
+
+    def _first(self, count: int) -> Out:
+        out = self._out
+        assert out.packed_S2 is not None
+        return out._replace(tokens_S=out.tokens_S[:count], top_S=out.top_S[:count], packed_S2=out.packed_S2[:count])
 
     def _forward(self, size: int) -> Tensor:
         out = self.buffers.first(size)

@@ -71,4 +71,4 @@ class RequestTable:
             self.length_R.numpy()[rows] = lengths_S.numpy()
         else:
             self.last_R[rows_S] = tokens_S
-            self.length_R[rows_S] = lengths_S
+            self.length_R[rows_S] = lengths_S.long()

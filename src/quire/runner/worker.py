@@ -22,7 +22,7 @@ from quire.models.base import CausalLM, kv_groups
 from quire.ops.dispatch import Binder
 from quire.ops.native.bound import most_tokens
 from quire.ops.native.kernels import ANY
-from quire.ops.sampling import SAMPLE
+from quire.ops.sampling import DRAW_STEP, SAMPLE
 from quire.runner import memory
 from quire.runner.graphs import Graphs
 from quire.runner.kv_store import KVStore
@@ -93,7 +93,8 @@ class Worker:
         budget = config.scheduler.max_num_batched_tokens
         depth = config.scheduler.depth
         replay = make_replay(model, table, store, self.ops, self.device, budget, depth, config.model.enforce_eager)
-        self._runner = ModelRunner(model, store, table, sampler, replay, self.device, depth)
+        draw_step = self.ops.bind(DRAW_STEP) if gpu else None
+        self._runner = ModelRunner(model, store, table, sampler, replay, self.device, depth, draw_step)
         if isinstance(replay, Graphs):
             log.info("%d graphs of decode steps were captured in %.1f s", *replay.prepare())
         if not gpu:

@@ -26,7 +26,9 @@ if not torch.cuda.is_available():
 
     def create_dot(self: Any, a: Any, b: Any, *args: Any) -> Any:
         """bfloat16 is kept as integers, which the interpreter would multiply."""
-        return dot(self, *(self.cast_impl(x, tl.float32) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b)), *args)
+        return dot(
+            self, *(self.cast_impl(x, tl.float32) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b)), *args
+        )
 
     interpreter.InterpreterBuilder.create_dot = create_dot
 

@@ -36,13 +36,15 @@ def dependent() -> bool:
 
 class Kernel:
     """A kernel in Triton. Its parameters: tensors, then integers that vary from call to call (in capitals; one compiled
-    kernel serves all their values), then constants, the last of which is `PDL`, added here."""
+    kernel serves all their values), then constants, the last of which is `PDL`, added here. `fused`: whether the
+    compiler may round a product and a sum once instead of twice."""
 
-    def __init__(self, function: Callable[..., None]) -> None:
+    def __init__(self, function: Callable[..., None], fused: bool = True) -> None:
         parameters = inspect.signature(function).parameters.values()
         plain = [p.name for p in parameters if p.annotation is inspect.Parameter.empty]
         decorate: Any = triton.jit
         self._jit = decorate(function, do_not_specialize=[name for name in plain if name.isupper()])
+        self._fused = fused
         self._compiled: dict[Any, Any] = {}
 
     def __call__(
@@ -65,8 +67,9 @@ class Kernel:
         pdl = dependent()
         if compiled is None:
             compiled = self._jit[grid](
-                *tensors, *sizes, *constants, pdl, num_warps=warps, num_stages=stages, launch_pdl=pdl
-            )
+                *tensors, *sizes, *constants, pdl,
+                num_warps=warps, num_stages=stages, launch_pdl=pdl, enable_fp_fusion=self._fused,
+            )  # fmt: skip
             if _KNOWN and not INTERPRETED and bits & 15 == 0:
                 self._compiled[key] = compiled
             return

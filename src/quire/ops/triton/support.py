@@ -30,8 +30,8 @@ def refusal(case: Case) -> str | None:
     return None if available("triton") else "triton is not installed"
 
 
-def integers(case: Case) -> str | None:
-    """For ops on integers: the model's type does not matter."""
+def untyped(case: Case) -> str | None:
+    """For ops that take the numbers of any model."""
     return refusal(replace(case, dtype=torch.float32))
 
 

@@ -16,6 +16,8 @@ Shape legend: S rows, V vocabulary, P parts of a row, N blocks of a row, L lengt
 # pyright: reportPossiblyUnboundVariable=false
 from __future__ import annotations
 
+from functools import partial
+
 import triton
 import triton.language as tl
 
@@ -58,14 +60,14 @@ def row_top(tops, row, parts, PARTS: tl.constexpr):
 
 
 @triton.jit
-def row_floor(floats, row, top):
-    """The threshold of min_p."""
-    share = tl.load(floats + row * 8 + LOG_MIN_P)
+def row_floor(floats, top):
+    """The threshold of min_p, of the row whose memory is given."""
+    share = tl.load(floats + LOG_MIN_P)
     return tl.where(share == float("-inf"), share, top + share)
 
 
 @triton.jit
-def scaled(line, at, vocab: tl.constexpr, heat):
+def scaled(line, at, vocab, heat):
     x = tl.load(line + at, mask=at < vocab, other=float("-inf")).to(tl.float32)
     if heat != 1.0:
         x = tl.math.div_rn(x, heat)
@@ -73,7 +75,7 @@ def scaled(line, at, vocab: tl.constexpr, heat):
 
 
 @triton.jit
-def _tile_peak(peaks, row, start, N: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr):
+def _tile_peak(peaks, row, start, N, TILE: tl.constexpr, BLOCK: tl.constexpr):
     block = start // BLOCK + tl.arange(0, TILE // BLOCK)
     return tl.max(tl.load(peaks + row.to(tl.int64) * N + block, mask=block < N, other=float("-inf")), 0)
 
@@ -94,17 +96,14 @@ def _narrow(sums, row, parts, top, floor, share, FIRST: tl.constexpr, PARTS: tl.
     enough = (j < 8) & (sum_16 >= limit * (1.0 + _SURE))
     short = (j < 8) & (sum_16 < limit * (1.0 - _SURE))
     below = tl.max(tl.where(enough, pivot, float("-inf")), 0)
-    if FIRST:
-        below = tl.where(below == float("-inf"), floor, below)
-    else:
-        below = tl.where(below == float("-inf"), lowest, below)
+    below = tl.where(below == float("-inf"), floor if FIRST else lowest, below)
     above = tl.min(tl.where(short, pivot, tl.where(highest >= top, _INF, highest)), 0)
     return below, above, total, count
 
 
 @triton.jit
 def _pivot(highest, lowest, j):
-    return tl.where(j == 7, lowest, highest + (lowest - highest) * ((j + 1).to(tl.float32) * 0.125))
+    return tl.where(j == 7, lowest, highest + (lowest - highest) * ((j + 1) * 0.125))
 
 
 @triton.jit
@@ -115,13 +114,15 @@ def _more(sums, x, m, pivot, TILE: tl.constexpr):
 
 @Kernel
 def weigh(
-    logits, tops, floats, numbers, peaks, before, sums, TILES,
-    stride: tl.constexpr, vocab: tl.constexpr, ROUND: tl.constexpr, N: tl.constexpr, N2: tl.constexpr,
+    logits, tops, floats, numbers, peaks, before, sums, STRIDE, VOCAB, TILES,
+    UNIT: tl.constexpr, ROUND: tl.constexpr, N2: tl.constexpr,
     PARTS: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid (P, S). before: sums of the round before; sums: float32 (S, P, 16)."""
     wait(PDL)
     part, row, parts = tl.program_id(0), tl.program_id(1), tl.num_programs(0)
+    stride, vocab = STRIDE * UNIT, VOCAB * UNIT
+    N = tl.cdiv(vocab, BLOCK)
     todo = tl.load(numbers + row * 8 + TODO)
     top = row_top(tops, row, parts, PARTS)
     if (todo == KTH) & (part == 0) & (ROUND == 0):
@@ -135,7 +136,7 @@ def weigh(
         tl.store(floats + row * 8 + BOUND, bound)
     if (todo == NUCLEUS) & (tl.abs(top) < _INF):
         heat = tl.load(floats + row * 8 + HEAT)
-        floor = row_floor(floats, row, top)
+        floor = row_floor(floats + row * 8, top)
         total = 0.0
         if ROUND == 0:
             block = tl.arange(0, N2)
@@ -153,10 +154,7 @@ def weigh(
         lane = tl.arange(0, TILE)
         none = tl.zeros((TILE // 8,), tl.float32)
         s0, s1, s2, s3, s4, s5, s6, s7, s8 = none, none, none, none, none, none, none, none, none
-        if ROUND == 0:
-            reach = tl.maximum(floor, top - MASSLESS)
-        else:
-            reach = lowest
+        reach = tl.maximum(floor, top - MASSLESS) if ROUND == 0 else lowest
         for start in range(part * TILES * TILE, tl.minimum((part + 1) * TILES * TILE, vocab), TILE):
             if _tile_peak(peaks, row, start, N, TILE, BLOCK) >= reach:
                 x = scaled(line, start + lane, vocab, heat)
@@ -169,10 +167,7 @@ def weigh(
                 s5 = _more(s5, x, m, _pivot(highest, lowest, 5), TILE)
                 s6 = _more(s6, x, m, _pivot(highest, lowest, 6), TILE)
                 s7 = _more(s7, x, m, lowest, TILE)
-                if ROUND == 0:
-                    s8 = _more(s8, x, m, floor, TILE)
-                else:
-                    s8 = _more(s8, x, 1.0, lowest, TILE)
+                s8 = _more(s8, x, m, floor, TILE) if ROUND == 0 else _more(s8, x, 1.0, lowest, TILE)
         mine = sums + (row * parts + part).to(tl.int64) * 16
         tl.store(mine + 0, tl.sum(s0, 0))
         tl.store(mine + 1, tl.sum(s1, 0))
@@ -193,22 +188,24 @@ def weigh(
     release(PDL)
 
 
-@Kernel
+@partial(Kernel, fused=False)
 def gather(
-    logits, tops, floats, numbers, peaks, sums, masses, counts, list_x, list_token, TILES,
-    stride: tl.constexpr, vocab: tl.constexpr, N: tl.constexpr, L: tl.constexpr,
+    logits, tops, floats, numbers, peaks, sums, masses, counts, list_x, list_token, STRIDE, VOCAB, TILES,
+    UNIT: tl.constexpr, L: tl.constexpr,
     PARTS: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid (P, S). masses: int64 (S, P, 2), of all tokens that pass min_p and of those above the bracket. counts: int32
     (S,), zeros before. list_x, list_token: float32, int32 (S, L), in no order."""
     wait(PDL)
     part, row, parts = tl.program_id(0), tl.program_id(1), tl.num_programs(0)
+    stride, vocab = STRIDE * UNIT, VOCAB * UNIT
+    N = tl.cdiv(vocab, BLOCK)
     todo = tl.load(numbers + row * 8 + TODO)
     top = row_top(tops, row, parts, PARTS)
     # an infinite top is the nucleus; NaN and a masked row have none
     if (todo != DONE) & (top > float("-inf")) & ((top < _INF) | (todo != NUCLEUS)):
         heat = tl.load(floats + row * 8 + HEAT)
-        floor = row_floor(floats, row, top)
+        floor = row_floor(floats + row * 8, top)
         below, above, reach = floor, _INF, floor
         if todo == KTH:
             below = tl.maximum(tl.load(floats + row * 8 + BOUND), floor)
@@ -259,9 +256,8 @@ def _from_list(xs, tokens, numbers, count, todo, top, floor, k, share, all_mass,
     key = order(x)
     first, last = tl.min(tl.where(inside, key, 0x7FFFFFFF), 0).to(tl.int64), tl.max(key, 0).to(tl.int64)
     low, found = floor, 1
-    if todo == KTH:
-        if count >= k:
-            low = tl.maximum(low, unorder(largest_with(key, inside.to(tl.int32), k, first, last)))
+    if (todo == KTH) & (count >= k):
+        low = tl.maximum(low, unorder(largest_with(key, inside.to(tl.int32), k, first, last)))
     if share < 1.0:
         if top == _INF:
             low = top
@@ -287,7 +283,7 @@ def _from_list(xs, tokens, numbers, count, todo, top, floor, k, share, all_mass,
 
 
 @triton.jit
-def _weight_of_row(line, vocab: tl.constexpr, heat, top, key, WEIGHED: tl.constexpr, TILE: tl.constexpr):
+def _weight_of_row(line, vocab, heat, top, key, WEIGHED: tl.constexpr, TILE: tl.constexpr):
     """(number of tokens with at least this key, or their mass; the least such key; the largest key below): int64."""
     lane = tl.arange(0, TILE)
     weight = tl.zeros((TILE // 8,), tl.int64)
@@ -297,10 +293,7 @@ def _weight_of_row(line, vocab: tl.constexpr, heat, top, key, WEIGHED: tl.conste
         x = scaled(line, start + lane, vocab, heat)
         of_x = order(x)
         up = (of_x >= key) & (start + lane < vocab)
-        if WEIGHED:
-            m = tl.where(up, mass(x, top), 0)
-        else:
-            m = up.to(tl.int64)
+        m = tl.where(up, mass(x, top), 0) if WEIGHED else up.to(tl.int64)
         weight += tl.sum(tl.reshape(m, (TILE // 8, 8)), 1)
         least = tl.minimum(least, tl.where(up, of_x, 0x7FFFFFFF))
         largest = tl.maximum(largest, tl.where(up, -0x7FFFFFFF, of_x))
@@ -308,7 +301,7 @@ def _weight_of_row(line, vocab: tl.constexpr, heat, top, key, WEIGHED: tl.conste
 
 
 @triton.jit
-def _from_row(line, vocab: tl.constexpr, heat, top, need, below, above, WEIGHED: tl.constexpr, TILE: tl.constexpr):
+def _from_row(line, vocab, heat, top, need, below, above, WEIGHED: tl.constexpr, TILE: tl.constexpr):
     """The largest key that tokens of at least it weigh `need`: between the keys `below`, which do, and `above`."""
     while below < above:
         middle = (below + above + 1) >> 1
@@ -320,21 +313,22 @@ def _from_row(line, vocab: tl.constexpr, heat, top, need, below, above, WEIGHED:
     return unorder(below.to(tl.int32))
 
 
-@Kernel
+@partial(Kernel, fused=False)
 def settle(
-    logits, tops, floats, numbers, masses, counts, list_x, list_token, draws, P,
-    stride: tl.constexpr, vocab: tl.constexpr, L: tl.constexpr, PARTS: tl.constexpr, TILE: tl.constexpr,
+    logits, tops, floats, numbers, masses, counts, list_x, list_token, draws, STRIDE, VOCAB, P,
+    UNIT: tl.constexpr, L: tl.constexpr, PARTS: tl.constexpr, TILE: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid (S,). Writes each row's threshold, and its draw if the list is enough for that."""
     wait(PDL)
     row = tl.program_id(0)
+    stride, vocab = STRIDE * UNIT, VOCAB * UNIT
     floats += row * 8
     numbers += row * 8
     todo = tl.load(numbers + TODO)
     if todo != DONE:
         top = row_top(tops, row, P, PARTS)
-        floor = row_floor(floats - row * 8, row, top)
+        floor = row_floor(floats, top)
         share = tl.load(numbers + TOP_P).to(tl.float64, bitcast=True)
         k = tl.load(numbers + TOP_K)
         low, found = float("-inf"), 1
@@ -364,11 +358,10 @@ def settle(
             if found == 0:
                 line, heat = logits + row.to(tl.int64) * stride, tl.load(floats + HEAT)
                 begin, end = order(tl.load(floats + BOUND)).to(tl.int64), order(top).to(tl.int64)
-                low, total = floor, all_mass
+                low, total = floor, tl.where(todo == KTH, 0, all_mass)
                 if todo == KTH:
                     if count >= k:
                         low = tl.maximum(low, _from_row(line, vocab, heat, top, k, begin, end, False, TILE))
-                    total = 0
                     if (share < 1.0) & (top < _INF):
                         total, _, _ = _weight_of_row(line, vocab, heat, top, order(low), True, TILE)
                 if (share < 1.0) & (top == _INF):
@@ -387,18 +380,20 @@ def settle(
 
 @Kernel
 def draw_above(
-    logits, floats, numbers, peaks, draws, TILES,
-    stride: tl.constexpr, vocab: tl.constexpr, N: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
+    logits, floats, numbers, peaks, draws, STRIDE, VOCAB, TILES,
+    UNIT: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid (P, S). The draws of parts of the rows that have none yet."""
     wait(PDL)
     part, row = tl.program_id(0), tl.program_id(1)
+    stride, vocab = STRIDE * UNIT, VOCAB * UNIT
+    N = tl.cdiv(vocab, BLOCK)
     numbers += row * 8
     if tl.load(numbers + TODO) != DONE:
         low, heat = tl.load(floats + row * 8 + LOW), tl.load(floats + row * 8 + HEAT)
         seed, sample, position = tl.load(numbers + SEED), tl.load(numbers + SAMPLE), tl.load(numbers + POSITION)
-        still = tl.load(numbers + STILL) != 0
+        still = (tl.load(numbers + STILL) != 0).to(tl.int32)
         line = logits + row.to(tl.int64) * stride
         lane = tl.arange(0, TILE)
         draw = tl.full((), LOWEST, tl.int64)
@@ -409,8 +404,8 @@ def draw_above(
                 x = scaled(line, at, vocab, heat)
                 alive = (x >= low) & (at < vocab)
                 words = words_from(start, position, sample, seed, TILE)
-                if tl.max((alive & (may_reach(x, words, score) | still)).to(tl.int32), 0) > 0:
-                    noise = tl.where(still, 0.0, gumbel(words))
+                if tl.max(alive.to(tl.int32) & (may_reach(x, words, score).to(tl.int32) | still), 0) > 0:
+                    noise = tl.where(still == 1, 0.0, gumbel(words))
                     draw = tl.maximum(draw, tl.max(tl.where(alive, pack(x + noise, at), LOWEST), 0))
                     score, _ = unpack(draw)
         tl.store(draws + row * tl.num_programs(0) + part, draw)
