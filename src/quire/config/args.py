@@ -178,7 +178,7 @@ class EngineArgs(_Checked):
     spec_tokens: int | None = later(None, "speculative decoding is not yet in quire")
     enable_prompt_embeds: bool = later(False, "prompt embeddings are not yet in quire: pass text or token ids")
     enable_sleep_mode: bool = later(False, "sleep mode is not yet in quire")
-    profiler_config: dict[str, Any] | None = later(None, "the built-in profiler is not yet in quire: run under an external one")
+    profiler_config: dict[str, Any] | None = later(None, "quire serve has --profiler-dir, with /start_profile and /stop_profile; around LLM, put torch.profiler.profile()")
     kv_transfer_config: dict[str, Any] | None = later(None, "moving KV caches between engines is not yet in quire")
     # fmt: on
 
