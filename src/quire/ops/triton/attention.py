@@ -26,17 +26,16 @@ _LOG2E = 1.4426950408889634
 
 @dataclass(frozen=True, slots=True)
 class SplitShape:
-    """Constants of `split_attention`. `segment`, `most`: tiles of a segment of a short row, segments of a long one: they
-    and `tile` decide the bits of a result, so they depend on nothing but the layer's shape. `programs`, `spread`: for
-    each multiprocessor, programs and items at which to aim."""
+    """Constants of `split_attention`. `tile`: keys of a tile; `segment`, `most`: tiles of a segment of a short row,
+    segments of a long one. These decide the bits of a result, so they depend on nothing but the layer's shape.
+    `programs`: for each multiprocessor."""
 
     tile: int
-    segment: int = 2
+    segment: int = 1
     most: int = 32
     warps: int = 4
     stages: int = 3
     programs: int = 3
-    spread: int = 4
     registers: int | None = None
 
 
@@ -55,7 +54,7 @@ class TileShape:
 def split_shape(bytes_of_key: int) -> SplitShape:
     """By the bytes of a key of one head, as it lies in shared memory."""
     if bytes_of_key <= 256:
-        return SplitShape(tile=64)
+        return SplitShape(tile=64, registers=168)
     return SplitShape(tile=32) if bytes_of_key <= 512 else SplitShape(tile=16, segment=4, stages=2)
 
 
@@ -64,9 +63,23 @@ def tile_shape(bytes_of_key: int, exact: bool, rows: int) -> TileShape:
     if exact:
         return TileShape(rows=32, keys=32 if bytes_of_key <= 512 else 16, warps=4, stages=2)
     few = rows <= 64
+    if bytes_of_key <= 128:
+        return TileShape(64, 64, 4, 2) if few else TileShape(128, 64, 8, 3, registers=128)
     if bytes_of_key <= 256:
-        return TileShape(64, 64, 4, 3) if few else TileShape(128, 64, 8, 3)
+        return TileShape(64, 64, 4, 3) if few else TileShape(128, 64, 8, 2, registers=128)
     return TileShape(64, 32, 4, 2) if few else TileShape(128, 32, 8, 2)
+
+
+def hopper_shape(size: int, rows: int) -> TileShape | None:
+    """For `tile_attention_hopper`, where it serves heads of this size and is the faster."""
+    if size not in (64, 128):
+        return None
+    return TileShape(128, 128, 8, 0)
+
+
+@cache
+def _is_hopper(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
 
 
 @cache
@@ -75,8 +88,8 @@ def _multiprocessors(device: torch.device) -> int:
 
 
 class Launch:
-    """A kernel with what stays the same over the layers of a step: programs, fixed buffers and constants. The first call
-    goes through Triton's front end, the others straight to what it compiled, in a fraction of the host's time."""
+    """A kernel with what stays the same over the layers of a step: programs, fixed buffers and constants. The first
+    call goes through Triton's front end, the others straight to what it compiled, in a fraction of the host's time."""
 
     def __init__(
         self, kernel: Any, programs: int, fixed: tuple[Tensor, ...], constants: dict[str, Any], **options: Any
@@ -86,7 +99,7 @@ class Launch:
         self._compiled: Any = None
 
     def __call__(self, tensors: tuple[Tensor, ...], numbers: tuple[float, ...]) -> None:
-        """`tensors` differ from layer to layer, but not in shape; they come first, then the fixed ones, then numbers."""
+        """`tensors` differ from layer to layer, but not in shape; the order is they, the fixed ones, numbers."""
         if self._compiled is None:
             self._compiled = self._kernel[(self._programs,)](
                 *tensors, *self._fixed, *numbers, **self._constants, **self._options
@@ -108,7 +121,9 @@ class Launch:
 class Step:
     """What the layers of one kind share in a step. Shape legend: R rows, K KV heads, G query heads of a KV head."""
 
-    def __init__(self, q_THE: Tensor, kv: Tensor, meta: AttentionMeta, window: int | None, rule: dict[str, bool]) -> None:
+    def __init__(
+        self, q_THE: Tensor, kv: Tensor, meta: AttentionMeta, window: int | None, rule: dict[str, bool]
+    ) -> None:
         self.tokens, heads, size = q_THE.shape
         pages, block, kv_heads = kv.shape[1:4]
         group = heads // kv_heads
@@ -134,23 +149,23 @@ class Step:
             longest = few if q_lens is None else max(count for count in q_lens if count <= few)
             queries = 1 if longest == 1 else few
             own = queries * group
-            spread = units * shape.spread
-            shared = min(short, spread // kv_heads + 1) * min(shape.most, -(-meta.max_len // (shape.tile * shape.segment)) + 1)
-            items = short + shared
-            self.items = torch.empty((items, ITEM), dtype=torch.int32, **new)
-            self.head = torch.empty(1, dtype=torch.int32, **new)
-            self.arrived = torch.empty(max(1, shared) * kv_heads, dtype=torch.int32, **new)
-            self.parts = torch.empty(shared * heads * queries * padded, dtype=torch.float32, **new)
-            self.tops = torch.empty(shared * heads * queries * 2, dtype=torch.float32, **new)
+            # Ranges of work, fewer where not even the longest rows could fill them.
+            longest = -(-meta.max_len // shape.tile) + 1
+            self.ranges = max(1, min(units * shape.programs // kv_heads, short * longest))
+            slots = min(short, self.ranges) * (min(shape.most, longest) + 1)
+            self.items = torch.empty((2 * self.ranges + short + 1, ITEM), dtype=torch.int32, **new)
+            self.arrived = torch.empty(slots * kv_heads, dtype=torch.int32, **new)
+            self.parts = torch.empty(slots * heads * queries * padded, dtype=torch.float32, **new)
+            self.tops = torch.empty(slots * heads * queries * 2, dtype=torch.float32, **new)
             split_items[(self.rows,)](
-                meta.cu_q, meta.lengths_R, self.items, self.head, self.arrived, self.rows, self.window, few + 1, spread,
-                K=kv_heads, KP=triton.next_power_of_2(kv_heads), BQ=queries, TILE=shape.tile, SEGMENT=shape.segment,
+                meta.cu_q, meta.lengths_R, self.items, self.arrived, self.rows, self.window, few + 1, self.ranges,
+                K=kv_heads, KP=triton.next_power_of_2(kv_heads), TILE=shape.tile, SEGMENT=shape.segment,
                 MOST=shape.most, WINDOWED=window is not None, num_warps=4,
             )  # fmt: skip
             self.split = Launch(
                 split_attention,
-                min(items * kv_heads, units * shape.programs),
-                (self.items, self.head, self.arrived, self.parts, self.tops),
+                self.ranges * kv_heads,
+                (self.items, self.arrived, self.parts, self.tops),
                 {
                     **common, "BQ": queries, "M": max(16, triton.next_power_of_2(own)),
                     "ROWS": triton.next_power_of_2(own), "TILE": shape.tile, "STAGES": shape.stages,
@@ -159,7 +174,11 @@ class Step:
             )  # fmt: skip
         if q_lens is None or short < self.rows:
             rows = group * (meta.max_q if q_lens is None else max(q_lens))
-            shape = tile_shape(bytes_of_key, exact, rows)
+            shape = None
+            if not (exact or any(rule.values())) and _is_hopper(q_THE.device) and group <= 64:
+                shape = hopper_shape(size, rows)
+            by_hand = shape is not None
+            shape = shape or tile_shape(bytes_of_key, exact, rows)
             height = max(shape.rows, triton.next_power_of_2(group))
             queries = height // group
             if q_lens is None:
@@ -173,10 +192,18 @@ class Step:
             tile_items[(self.rows,)](
                 meta.cu_q, meta.lengths_R, self.tile_items, self.tile_head, self.rows, few + 1, BQ=queries, num_warps=4
             )
-            self.tiles = Launch(
-                tile_attention, programs, (self.tile_items, self.tile_head),
-                {**common, "M": height, "N": shape.keys, "STAGES": shape.stages}, num_warps=shape.warps, maxnreg=shape.registers,
-            )  # fmt: skip
+            fixed = (self.tile_items, self.tile_head)
+            if by_hand:
+                from quire.ops.triton.attention_hopper import tile_attention_hopper
+
+                names = ("H", "K", "E", "B", "WIDE", "WINDOWED")
+                constants = {name: common[name] for name in names}
+                constants |= {"M": height, "N": shape.keys, "WARPS": shape.warps}
+                self.tiles = Launch(tile_attention_hopper, programs, fixed, constants, num_warps=shape.warps)
+            else:
+                constants = {**common, "M": height, "N": shape.keys, "STAGES": shape.stages}
+                options = {"num_warps": shape.warps, "maxnreg": shape.registers}
+                self.tiles = Launch(tile_attention, programs, fixed, constants, **options)
 
     def run(
         self, q_THE: Tensor, kv: Tensor, group: GroupMeta, out_THE: Tensor, scale: float, softcap: float, slopes: Tensor
@@ -186,7 +213,7 @@ class Step:
             kv.stride(0), q_THE.stride(0), q_THE.stride(1), group.block_tables_RP.stride(0), scale, softcap, self.window
         )  # fmt: skip
         if self.split is not None:
-            self.split(tensors, numbers)
+            self.split(tensors, (*numbers, self.ranges))
         if self.tiles is not None:
             self.tiles(tensors, numbers)
 
@@ -203,7 +230,7 @@ def attention(
 ) -> Tensor:
     """See `quire.ops.attention.reference`. The bits of a row depend on the row alone, not on its batch. `scale` must be
     positive; q, keys and values lie with E contiguous."""
-    key = ("triton", q_THE.shape[1], q_THE.dtype, kv.shape[1:], kv.dtype, window, softcap is None, slopes_H is None)
+    key = (q_THE.shape, q_THE.dtype, kv.shape, kv.dtype, window, softcap is None, slopes_H is None)
     step = meta.scratch.get(key)
     if step is None:
         step = Step(q_THE, kv, meta, window, {"SOFTCAP": softcap is not None, "ALIBI": slopes_H is not None})
@@ -212,5 +239,7 @@ def attention(
     if softcap is None:
         step.run(q_THE, kv, group, out_THE, scale * _LOG2E, 0.0, out_THE if slopes_H is None else slopes_H)
     else:
-        step.run(q_THE, kv, group, out_THE, scale / softcap, softcap * _LOG2E, out_THE if slopes_H is None else slopes_H)
+        step.run(
+            q_THE, kv, group, out_THE, scale / softcap, softcap * _LOG2E, out_THE if slopes_H is None else slopes_H
+        )
     return out_THE

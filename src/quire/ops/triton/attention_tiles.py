@@ -19,7 +19,7 @@ _ITEM = tl.constexpr(ITEM)
 
 @triton.jit
 def _sweep(
-    m, l, acc, q, kv_ptr, pages_ptr, value_offset, head, start, stop, at, slope, first, last, scale, softcap, window,
+    m, norm, acc, q, kv_ptr, pages_ptr, value_offset, head, start, stop, at, slope, first, last, scale, softcap, window,
     K: tl.constexpr, E: tl.constexpr, EP: tl.constexpr, B: tl.constexpr, N: tl.constexpr, EXACT: tl.constexpr,
     WIDE: tl.constexpr, MASKED: tl.constexpr, WINDOWED: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -50,9 +50,9 @@ def _sweep(
                 seen &= j[None, :] > at[:, None] - window
             s = tl.where(seen, s, float("-inf"))
         p, m, shrink = weigh(s, m, 1.0 if SOFTCAP or ALIBI else scale)
-        l = l * shrink + tl.sum(p, 1)
+        norm = norm * shrink + tl.sum(p, 1)
         acc = tl.dot(p.to(kind), v, acc * shrink[:, None], input_precision=precision)
-    return m, l, acc
+    return m, norm, acc
 
 
 @triton.jit(do_not_specialize=["table_stride", "window"])
@@ -91,26 +91,26 @@ def tile_attention(
         stop = (last + N - 1) // N
         middle = (position + 1) // N
         m = tl.full((M,), float("-inf"), tl.float32)
-        l = tl.zeros((M,), tl.float32)
+        norm = tl.zeros((M,), tl.float32)
         acc = tl.zeros((M, EP), tl.float32)
         first = 0
         start = 0
         if WINDOWED:
             first = tl.maximum(position + 1 - window, 0)
             start = tl.minimum((tl.maximum(last - window, 0) + N - 1) // N, middle)
-            m, l, acc = _sweep(
-                m, l, acc, q, kv_ptr, pages_ptr, value_offset, head, first // N, start, at, slope, first, last,
+            m, norm, acc = _sweep(
+                m, norm, acc, q, kv_ptr, pages_ptr, value_offset, head, first // N, start, at, slope, first, last,
                 scale, softcap, window, K, E, EP, B, N, EXACT, WIDE, True, WINDOWED, SOFTCAP, ALIBI, STAGES,
             )  # fmt: skip
-        m, l, acc = _sweep(
-            m, l, acc, q, kv_ptr, pages_ptr, value_offset, head, start, middle, at, slope, first, last,
+        m, norm, acc = _sweep(
+            m, norm, acc, q, kv_ptr, pages_ptr, value_offset, head, start, middle, at, slope, first, last,
             scale, softcap, window, K, E, EP, B, N, EXACT, WIDE, False, WINDOWED, SOFTCAP, ALIBI, STAGES,
         )  # fmt: skip
-        m, l, acc = _sweep(
-            m, l, acc, q, kv_ptr, pages_ptr, value_offset, head, middle, stop, at, slope, first, last,
+        m, norm, acc = _sweep(
+            m, norm, acc, q, kv_ptr, pages_ptr, value_offset, head, middle, stop, at, slope, first, last,
             scale, softcap, window, K, E, EP, B, N, EXACT, WIDE, True, WINDOWED, SOFTCAP, ALIBI, STAGES,
         )  # fmt: skip
 
-        out = acc / tl.where(l == 0.0, 1.0, l)[:, None]
+        out = acc / tl.where(norm == 0.0, 1.0, norm)[:, None]
         out_at = (token + rows // G) * (H * E) + h * E
         tl.store(out_ptr + out_at[:, None] + e[None, :], out.to(out_ptr.dtype.element_ty), mask=there)

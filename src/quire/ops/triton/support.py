@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
+from dataclasses import replace
 
 import torch
 
@@ -32,6 +33,11 @@ def refusal(case: Case) -> str | None:
 
 def untyped(case: Case) -> str | None:
     """For ops that take the numbers of any model."""
+    return refusal(replace(case, dtype=torch.float32))
+
+
+def supports_copies(case: Case) -> str | None:
+    """Pages are moved as they are, whatever their type."""
     return refusal(replace(case, dtype=torch.float32))
 
 
