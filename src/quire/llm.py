@@ -346,7 +346,7 @@ _POOLING = "it generates text only, and has no pooling models"
 _NOT_HERE = {  # methods of vLLM's LLM
     **dict.fromkeys(("encode", "embed", "classify", "score", "reward"), _POOLING),
     **dict.fromkeys(("sleep", "wake_up"), "sleep mode is not there yet; `close` releases the memory"),
-    **dict.fromkeys(("start_profile", "stop_profile"), "LLM computes in this process: put torch.profiler.profile() around a call"),
+    **dict.fromkeys(("start_profile", "stop_profile"), "put torch.profiler.profile() around the call"),
     **dict.fromkeys(("collective_rpc", "apply_model"), "workers take no calls of the user's"),
     "set_tokenizer": "give tokenizer= when the LLM is made",
     "reset_mm_cache": "models are text-only for now",
