@@ -83,7 +83,9 @@ def resolve(args: EngineArgs, *, machine: Machine | None = None, usage: str = "l
         observability=ObservabilityConfig(
             disable_log_stats=args.disable_log_stats,
             log_level=level_name(args.log_level),
+            log_format=args.log_format,
             log_interval=args.log_interval,
+            nvtx=args.nvtx,
         ),
         structured=_structured(args),
     )
