@@ -34,16 +34,16 @@ def watch() -> Iterator[Seen]:
     seen = Seen()
     replay, wait = torch.cuda.CUDAGraph.replay, torch.cuda.Event.synchronize
 
-    def timed_replay(graph: Any) -> None:
+    def timed_replay(self: Any) -> None:
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         begin.record()
-        replay(graph)
+        replay(self)
         end.record()
         seen.marks.append((begin, end))
 
-    def timed_wait(event: Any) -> None:
+    def timed_wait(self: Any) -> None:
         begin = time.perf_counter()
-        wait(event)
+        wait(self)
         seen.waited_s += time.perf_counter() - begin
 
     torch.cuda.CUDAGraph.replay, torch.cuda.Event.synchronize = timed_replay, timed_wait
