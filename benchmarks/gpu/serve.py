@@ -16,6 +16,7 @@ import json
 import math
 import string
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -51,10 +52,13 @@ def measure(url: str, prompts: workloads.Prompts, length: int, rate: float, seed
         "max_concurrency": None, "request_rate": rate, "seed": seed,
     }  # fmt: skip
     works = [bench_serve.Work(prompt, length) for prompt in prompts]
+    used = time.process_time()
     seconds, seen = asyncio.run(bench_serve.measure(remote, works, options))
+    used = time.process_time() - used
     events = sum(1 + len(s.gaps) for s in seen if s.first is not None)
     found = bench_serve.report(seen, seconds)
-    return found | {"requests": len(works), "tokens_per_event": found["output_tokens"] / max(1, events)}
+    more = {"requests": len(works), "tokens_per_event": found["output_tokens"] / max(1, events), "client_cpu_s": used}
+    return found | more
 
 
 def run(
