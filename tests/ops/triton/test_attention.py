@@ -105,8 +105,7 @@ RULES: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("rows", [DECODES, MIXED], ids=["decodes", "mixed"])
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("window", [None, 1, 50])
+@pytest.mark.parametrize(("rule", "window"), [(rule, w) for rule in RULES for w in (None, 50)] + [(RULES[0], 1)])
 def test_rules(device: torch.device, rows: list[tuple[int, int]], rule: dict[str, Any], window: int | None) -> None:
     World(rows, window=window).check(device, **rule)
 
@@ -144,6 +143,14 @@ def test_where_only_the_device_knows_the_counts(
     World(rows, window=window).check(device, captured=True)
 
 
+@pytest.mark.parametrize("window", [None, 50, 128])
+@pytest.mark.parametrize("size", [64, 128])
+def test_prompts_of_common_heads(device: torch.device, size: int, window: int | None) -> None:
+    """On a Hopper GPU they have a kernel of their own."""
+    rows = [(7, 1), (0, 5), (300, 200), (129, 128), (256, 256), (200, 64)]
+    World(rows, size=size, window=window, dtype=torch.bfloat16).check(device)
+
+
 def test_long_rows_are_cut_and_put_together(device: torch.device) -> None:
     World([(5000, 1), (4999, 3)], heads=2, kv_heads=1).check(device)
 
@@ -162,15 +169,15 @@ def test_the_bits_of_a_row_do_not_depend_on_its_batch(device: torch.device, dtyp
         assert torch.equal(alone.kernel(device), together[row : row + 1])
 
 
-@pytest.mark.parametrize("window", [None, 50])
+@pytest.mark.parametrize("shape", [{}, {"window": 50}, {"size": 128, "dtype": torch.bfloat16}], ids=str)
 @pytest.mark.parametrize("cuts", [[48], [64, 100], [17, 31, 90]], ids=str)
 def test_the_bits_of_a_prompt_do_not_depend_on_its_chunks(
-    device: torch.device, window: int | None, cuts: list[int]
+    device: torch.device, shape: dict[str, Any], cuts: list[int]
 ) -> None:
-    whole = World([(150, 150)], window=window)
+    whole = World([(150, 150)], **shape)
     expected = whole.kernel(device)
     edges = [0, *cuts, 150]
     for start, stop in pairwise(edges):
-        chunk = World([(stop, stop - start)], window=window)
+        chunk = World([(stop, stop - start)], **shape)
         chunk.kv, chunk.q, chunk.group, chunk.width = whole.kv, whole.q[start:stop], whole.group, whole.width
         assert torch.equal(chunk.kernel(device), expected[start:stop])

@@ -1,3 +1,4 @@
+# pyright: reportAssignmentType=false, reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false
 """Attention of rows of many tokens on Hopper, for its matrix units: what `attention_tiles.py` computes, by hand.
 
 Owns: the schedule. While the matrix units work on a tile's sums and the next tile's products, the weights of the next

@@ -1,3 +1,4 @@
+# pyright: reportAssignmentType=false, reportOperatorIssue=false
 """Attention of rows of few tokens over pages: the work is cut over the keys, all query heads of a KV head together.
 
 Owns: the kernel that computes the items of `attention_work.split_items`, and the order in which a row's segments are

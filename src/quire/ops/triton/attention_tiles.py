@@ -1,3 +1,4 @@
+# pyright: reportAssignmentType=false, reportOperatorIssue=false
 """Attention of rows of many tokens over pages: tiles of queries, all query heads of a KV head together.
 
 Owns: the kernel that computes the items of `attention_work.tile_items`. A query's result depends on its row's keys
