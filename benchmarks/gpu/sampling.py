@@ -14,6 +14,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from quire.ops.sampling import Kind, Out
 from quire.ops.triton import sampling
 
 CASES: dict[str, dict[str, float]] = {
@@ -66,17 +67,13 @@ def calls_for(x: Tensor, name: str, whole: bool = False) -> list[Callable[[], No
     rows, case = x.shape[1], CASES[name]
     at, positions = torch.arange(rows, device="cuda"), torch.full((rows,), 900, device="cuda")
     reals, wholes = tables(rows, case)
-    out = sampling.Out.new(rows, x.device)._replace(
+    out = Out.new(rows, x.device)._replace(
         packed_S2=torch.empty((rows, 2), dtype=torch.int32, device="cuda"),
         last_X=torch.empty(rows, dtype=torch.int64, device="cuda"),
     )
-    cut = whole or bool(case.keys() - {"temperature"})
-    if name == "greedy" and not whole:
-        return [lambda part=part: sampling.greedy_step(part, at, positions, out) for part in x]
-    return [
-        lambda part=part: sampling.general_step(part, at, positions, reals, wholes, out, cut, whole or "top_p" in case)
-        for part in x
-    ]
+    kind = Kind.TOP_P if whole or "top_p" in case else Kind.TOP_K if case.keys() & {"top_k", "min_p"} else Kind.NOISE
+    kind = Kind.GREEDY if not case and not whole else kind
+    return [lambda part=part: sampling.draw_step(part, at, positions, reals, wholes, out, kind) for part in x]
 
 
 def by_kernel(calls: list[Callable[[], None]]) -> str:

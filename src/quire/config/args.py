@@ -150,6 +150,7 @@ class EngineArgs(_Checked):
     device: str = arg("auto", "`auto` is the GPU where PyTorch can use one, else the CPU.", "Device", choices=("auto", "cpu", "cuda"))
     threads: int | None = arg(None, "CPU threads of a worker; by default OMP_NUM_THREADS, else the physical cores at hand.", "Device", low=1, high=4096)
 
+    deterministic: bool = arg(False, "On a GPU: the same tokens, bit for bit, whatever else is in the batch, however prompts are cut and whatever the prefix cache holds; costs some speed.", "Device")
     ops: dict[str, Any] = arg({}, "Implementations that must be used, by operation (`*`: all others), as `quire env` lists them; say {\"*\": \"reference\"} for plain PyTorch.", "Device")
 
     reasoning_parser: str = arg("", "How the reasoning of a model's answers is told from their content: deepseek_r1, qwen3, `tags:<start>,<end>`, or the name of a plugin. Structured outputs then begin when the reasoning has ended.", "Structured output")

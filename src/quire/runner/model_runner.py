@@ -74,14 +74,14 @@ class ModelRunner:
         replayed = self._replay.takes(plan) and not self._wants_prompt_logprobs(plan)
         carried = replayed and self._replay.carries(plan)
         if carried:
-            table.retire(plan)
+            table.enter(plan)
         else:
             table.stage(plan, upload)
             if not replayed:
                 batches.stage(plan, upload)
             upload.send()
             table.apply(plan, upload)
-        self._store.move(plan.swap_out, plan.swap_in, plan.copies)
+        self._store.move(plan)
         if not len(plan.rows):
             return Pending(plan.number, None, ())
         if replayed:

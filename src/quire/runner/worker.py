@@ -17,6 +17,7 @@ from quire.loading import load_model
 from quire.loading.mapped import mapped_bytes
 from quire.loading.passes import DTYPES
 from quire.models.base import CausalLM, kv_groups
+from quire.ops.cache import COPY_PAGES
 from quire.ops.dispatch import Binder
 from quire.ops.native.bound import most_tokens
 from quire.ops.native.kernels import ANY
@@ -74,7 +75,10 @@ class Worker:
         self.num_blocks = memory.num_blocks(config, self.kv_groups, kv_dtype, there, mapped_bytes(model))
         self.num_host_blocks = memory.num_host_blocks(config, self.kv_groups, kv_dtype)
         try:
-            store = KVStore(arch, self.kv_groups, self.num_blocks, self.num_host_blocks, size, kv_dtype, self.device)
+            store = KVStore(
+                arch, self.kv_groups, self.num_blocks, self.num_host_blocks, size, kv_dtype, self.device,
+                self.ops.bind(COPY_PAGES),
+            )  # fmt: skip
         except (RuntimeError, MemoryError) as error:
             raise ClientError(
                 f"{self.num_blocks} KV blocks on the device and {self.num_host_blocks} on the host cannot be allocated "

@@ -73,9 +73,12 @@ class World:
             self.q.float(), self.kv, self.group, self.meta(torch.device("cpu")), scale, self.window, **rule
         )
 
-    def kernel(self, device: torch.device, scale: float = 0.3, captured: bool = False, **rule: Any) -> Tensor:
-        from quire.ops.triton.attention import attention as kernel
+    def kernel(
+        self, device: torch.device, scale: float = 0.3, captured: bool = False, invariant: bool = False, **rule: Any
+    ) -> Tensor:
+        from quire.ops.triton import attention as module
 
+        kernel = module.invariant_attention if invariant else module.attention
         group = GroupMeta(self.group.block_tables_RP.to(device), self.group.slots_T)
         meta = self.meta(device, captured)
         if isinstance(slopes := rule.get("slopes_H"), Tensor):
@@ -146,7 +149,6 @@ def test_where_only_the_device_knows_the_counts(
 @pytest.mark.parametrize("window", [None, 50, 128])
 @pytest.mark.parametrize("size", [64, 128])
 def test_prompts_of_common_heads(device: torch.device, size: int, window: int | None) -> None:
-    """On a Hopper GPU they have a kernel of their own."""
     rows = [(7, 1), (0, 5), (300, 200), (129, 128), (256, 256), (200, 64)]
     World(rows, size=size, window=window, dtype=torch.bfloat16).check(device)
 
@@ -181,3 +183,29 @@ def test_the_bits_of_a_prompt_do_not_depend_on_its_chunks(
         chunk = World([(stop, stop - start)], **shape)
         chunk.kv, chunk.q, chunk.group, chunk.width = whole.kv, whole.q[start:stop], whole.group, whole.width
         assert torch.equal(chunk.kernel(device), expected[start:stop])
+
+
+@pytest.mark.parametrize("captured", [False, True])
+def test_invariant(device: torch.device, captured: bool) -> None:
+    for world in (World(MIXED, window=50), World(DECODES, size=64)):
+        expected, got = world.reference(), world.kernel(device, captured=captured, invariant=True)
+        assert torch.allclose(got, expected, atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("shape", [{}, {"window": 50}, {"size": 128, "dtype": torch.bfloat16}], ids=str)
+@pytest.mark.parametrize("captured", [False, True])
+def test_invariant_bits_depend_neither_on_steps_nor_on_neighbours(
+    device: torch.device, shape: dict[str, Any], captured: bool
+) -> None:
+    """A prompt in one step, in chunks, and its last tokens as decodes among other rows."""
+    whole = World([(150, 150)], **shape)
+    expected = whole.kernel(device, invariant=True)
+    for start, stop in pairwise([0, 17, 100, 147, 148, 149, 150]):
+        among = stop - start == 1
+        world = World([(stop, stop - start), *([(20, 1), (0, 1), (130, 1)] if among else [])], **shape)
+        world.kv, world.width = whole.kv, whole.width
+        world.q = torch.cat([whole.q[start:stop], world.q[stop - start :]])
+        first = whole.group.block_tables_RP
+        world.group = GroupMeta(first.repeat(len(world.rows), 1), whole.group.slots_T)
+        got = world.kernel(device, captured=captured and among, invariant=True)
+        assert torch.equal(got[: stop - start], expected[start:stop])

@@ -12,9 +12,8 @@ from torch import Tensor
 
 from quire.ops import sampling
 from quire.ops.philox import gumbel_rows
-from quire.ops.sampling import NEG_INF, Noise
+from quire.ops.sampling import NEG_INF, Kind, Noise, Out, Real, Whole
 from quire.ops.triton import sampling as ours
-from quire.runner.sampling_state import Real, Whole
 
 # the interpreter computes with NumPy, which warns of what is meant: inf - inf, 0 to the power
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -192,15 +191,13 @@ def test_a_step(dtype: torch.dtype, rows: int, device: torch.device) -> None:
     if rows > 1:
         x[3, 5], x[4] = math.nan, NEG_INF
 
-    def step(which: slice, rows_S: Tensor, greedy: bool = False) -> ours.Out:
+    def step(which: slice, rows_S: Tensor, greedy: bool = False) -> Out:
         count = len(rows_S)
         packed = torch.full((count, 2), -9, dtype=torch.int32, device=device)
         last, length = torch.full((2, rows + 4), -9, dtype=torch.int64, device=device)
-        out = ours.Out.new(count, device, low=not greedy)._replace(packed_S2=packed, last_X=last, length_X=length)
-        if greedy:
-            ours.greedy_step(x[which], rows_S, of.noise.position[which], out)
-        else:
-            ours.general_step(x[which], rows_S.int(), of.noise.position[which].int(), reals, wholes, out)
+        out = Out.new(count, device, low=not greedy)._replace(packed_S2=packed, last_X=last, length_X=length)
+        positions = of.noise.position[which].int()
+        ours.draw_step(x[which], rows_S.int(), positions, reals, wholes, out, Kind.GREEDY if greedy else Kind.TOP_P)
         return out
 
     before, out = x.clone(), step(slice(None), at)

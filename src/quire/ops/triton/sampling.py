@@ -107,12 +107,13 @@ def _scan(
         key, number, k = tl.load(seed + row), tl.load(sample + row), tl.load(top_k + row)
         still = tl.load(greedy + row) != 0
     position = tl.load(positions + row).to(tl.int64)
+    left = 1.0 if STORE else heat  # what the logits are still to be divided by
     todo = tl.where((share > float("-inf")) & (still == 0), FLOOR, DONE)
     todo = tl.where(nucleus < 1.0, NUCLEUS, todo)
     todo = tl.where((k > 0) & (k < vocab), KTH, todo)
     todo = tl.where(live, todo, DONE)
     if part == 0:
-        tl.store(floats + row * 8 + HEAT, 1.0 if STORE else heat)
+        tl.store(floats + row * 8 + HEAT, left)
         tl.store(floats + row * 8 + LOG_MIN_P, share)
         tl.store(floats + row * 8 + LOW, float("-inf"))
         tl.store(numbers + row * 8 + TODO, todo.to(tl.int64))
@@ -133,23 +134,27 @@ def _scan(
     for start in range(part * TILES * TILE, end, TILE):
         at = start + lane
         x = tl.load(line + at, mask=at < vocab, other=float("-inf")).to(tl.float32)
-        if heat != 1.0:
-            x = tl.math.div_rn(x, heat)
-            if STORE:
+        if STORE:
+            if heat != 1.0:
+                x = tl.math.div_rn(x, heat)
                 tl.store(line + at, x, mask=at < vocab)
         if (todo == DONE) & still:
+            if left != 1.0:
+                x = tl.math.div_rn(x, left)
             best, token = take_larger(x, at, best, token)
         else:
             best = tl.maximum(best, x, propagate_nan=tl.PropagateNan.ALL)
             if todo == DONE:
                 words = words_from(start, position, number, key, TILE)
-                if tl.max(may_reach(x, words, score).to(tl.int32), 0) > 0:
-                    draw = tl.maximum(draw, tl.max(pack(x + gumbel(words), at), 0))
+                if tl.max(may_reach(x, 1.0 / left, words, score), 0) > 0:
+                    draw = tl.maximum(draw, tl.max(pack(tl.math.div_rn(x, left) + gumbel(words), at), 0))
                     score, _ = unpack(draw)
             else:
                 block = start // BLOCK + tl.arange(0, TILE // BLOCK)
                 peak = tl.max(tl.reshape(x, (TILE // BLOCK, BLOCK)), 1)
-                tl.store(peaks + row.to(tl.int64) * N + block, peak, mask=block < N)
+                tl.store(peaks + row.to(tl.int64) * N + block, tl.math.div_rn(peak, left), mask=block < N)
+    if (todo != DONE) | (still == 0):
+        best = tl.math.div_rn(best, left)  # as the largest is divided, so are all
     largest = tl.max(pack(best, token), 0)
     if (todo == DONE) & still:
         draw = largest
@@ -278,19 +283,24 @@ def _truncate(
     device, (stride, width, unit) = logits_SV.device, Lines.of(logits_SV)
     sums_2SP = torch.empty((2, rows, parts, 16), device=device)
     masses_SP = torch.empty((rows, parts, 2), dtype=torch.int64, device=device)
-    xs_SL = torch.empty((rows, LIST), device=device)
-    tokens_SL = torch.empty((rows, LIST), dtype=torch.int32, device=device)
+    lists_SL = torch.empty((rows, LIST), dtype=torch.int64, device=device)
     grid, sizes = (parts, rows, 1), (stride, width, tiles)
-    seen, found = (logits_SV, tops_SP, floats_S8, numbers_S8), (masses_SP, counts_S, xs_SL, tokens_SL)
-    for i in range(2 if nucleus else 1):
-        constants = unit, i, power(peaks_SN.shape[1]), PARTS, TILE, BLOCK
-        truncation.weigh(grid, (*seen, peaks_SN, sums_2SP[0], sums_2SP[i]), sizes, constants, warps=WARPS)
-    constants = unit, LIST, PARTS, TILE, BLOCK
-    truncation.gather(grid, (*seen, peaks_SN, sums_2SP[1], *found), sizes, constants, warps=WARPS)
+    seen, lists = (logits_SV, tops_SP, floats_S8, numbers_S8), (counts_S, lists_SL)
+    room = power(peaks_SN.shape[1])
+    blocks_SN = torch.empty((rows, room), dtype=torch.int32, device=device)
+    constants = unit, room, LIST, PARTS, TILE, BLOCK
+    tensors = *seen, peaks_SN, blocks_SN, *lists, draws_SP
+    truncation.choose((rows, 1, 1), tensors, (stride, width, parts), constants, warps=WARPS)
+    if nucleus:
+        for i in range(2):
+            constants = unit, i, room, PARTS, TILE, BLOCK
+            truncation.weigh(grid, (*seen, peaks_SN, sums_2SP[0], sums_2SP[i]), sizes, constants, warps=WARPS)
+        constants = unit, LIST, PARTS, TILE, BLOCK
+        truncation.gather(grid, (*seen, peaks_SN, sums_2SP[1], masses_SP, *lists), sizes, constants, warps=WARPS)
     constants = unit, LIST, PARTS, TILE
-    truncation.settle((rows, 1, 1), (*seen, *found, draws_SP), (stride, width, parts), constants, warps=WARPS)
-    memory = logits_SV, floats_S8, numbers_S8, peaks_SN, draws_SP
-    truncation.draw_above(grid, memory, sizes, (unit, TILE, BLOCK), warps=WARPS)
+    tensors = *seen, masses_SP, *lists, draws_SP
+    truncation.settle((rows, 1, 1), tensors, (stride, width, parts), constants, warps=WARPS)
+    truncation.draw_above(grid, (*seen, peaks_SN, draws_SP), sizes, (unit, PARTS, TILE, BLOCK), warps=WARPS)
 
 
 def draw_greedy(logits_SV: Tensor) -> tuple[Tensor, Tensor]:
@@ -329,7 +339,7 @@ def sample(
     nucleus: bool,
     static: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The op `sample`: see `ops.sampling.sample`. Eight launches at most, whatever `static`."""
+    """The op `sample`: see `ops.sampling.sample`. Nine launches at most, whatever `static`."""
     out = Out.new(logits_SV.shape[0], logits_SV.device, low=True)
     seed, number, position = (x.contiguous() for x in noise)
     arrays = (x.contiguous() for x in (temperature_S, log_min_p_S, top_k_S, top_p_S, greedy_S))
@@ -337,36 +347,6 @@ def sample(
     _general(logits_SV, of, out, store=True, truncated=True, nucleus=nucleus)
     assert out.low_S is not None
     return out.tokens_S, out.top_S, out.low_S
-
-
-def greedy_step(logits_SV: Tensor, rows_S: Tensor, positions_S: Tensor, out: Out) -> None:
-    """A step's draw where every row is greedy. Two launches; arguments as for `general_step`."""
-    _greedy(logits_SV, _Of(rows_S, positions_S), out)
-
-
-def general_step(
-    logits_SV: Tensor,
-    rows_S: Tensor,
-    positions_S: Tensor,
-    reals_RC: Tensor,
-    wholes_RC: Tensor,
-    out: Out,
-    truncated: bool = True,
-    nucleus: bool = True,
-) -> None:
-    """A step's draw, by parameters that are on the device, to be captured as a graph: nothing here depends on a value.
-
-    logits: (S, V) as the model leaves them, not changed. rows: int32 or int64 (S,), each row's line in the tables and
-    in `last` and `length`; a padding row (below 0, or R or more) has token 0 and is not drawn, and what is beyond X is
-    not written. positions: int32 or int64 (S,), the index of the token to draw. reals: float64 (R, 6), wholes: int64
-    (R, 5), as in SamplingState: temperature, log of min_p (-inf: off), top_p (1: off), ...; seed, sample index, ...,
-    top_k (0: off) in column 3, greedy (not 0) in column 4. out: where the results go.
-
-    truncated, nucleus: what the graph can do. False promises that no row has min_p, top_k or top_p (two launches
-    instead of eight), or that none has top_p (seven).
-    """
-    of = _Of(rows_S, positions_S, reals_RC, wholes_RC)
-    _general(logits_SV, of, out, store=False, truncated=truncated, nucleus=nucleus)
 
 
 def draw_step(
@@ -378,9 +358,10 @@ def draw_step(
     out: Out,
     kind: Kind,
 ) -> None:
-    """The op `draw_step`: see `ops.sampling.draw_step`."""
+    """The op `draw_step`: see `ops.sampling.draw_step`. rows, positions: int32 or int64. A padding row has token 0 (but
+    for `Kind.GREEDY`, which reads no table). Launches: 2, 2, 5, 9 by kind."""
+    of = _Of(rows_S, positions_S, reals_XC, wholes_XC)
     if kind is Kind.GREEDY:
-        greedy_step(logits_SV, rows_S, positions_S, out)
+        _greedy(logits_SV, of, out)
     else:
-        truncated, nucleus = kind >= Kind.TOP_K, kind is Kind.TOP_P
-        general_step(logits_SV, rows_S, positions_S, reals_XC, wholes_XC, out, truncated, nucleus)
+        _general(logits_SV, of, out, False, kind >= Kind.TOP_K, kind is Kind.TOP_P)

@@ -36,6 +36,22 @@ def untyped(case: Case) -> str | None:
     return refusal(replace(case, dtype=torch.float32))
 
 
+def supports_copies(case: Case) -> str | None:
+    """Pages are moved as they are, whatever their type."""
+    return refusal(replace(case, dtype=torch.float32))
+
+
+def supports_linear(case: Case) -> str | None:
+    """torch's own product is what a case in float32 needs."""
+    return refusal(case) or ("is for bfloat16 and float16" if case.dtype == torch.float32 else None)
+
+
+def supports_invariant(case: Case) -> str | None:
+    """Like `linear`; the copy engine needs rows of whole 16 bytes."""
+    inputs = case.shapes.get("inputs", 8)
+    return supports_linear(case) or (None if inputs % 8 == 0 else f"needs inputs in eights, not {inputs}")
+
+
 def supports_norm(case: Case) -> str | None:
     size = case.shapes.get("size", 0)
     return refusal(case) or (None if size <= WIDEST else f"norms {WIDEST} features at most, not {size}")
