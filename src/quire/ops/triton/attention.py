@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quire.ops.attention import reference
 from quire.ops.attention.meta import AttentionMeta, GroupMeta
 from quire.ops.triton.attention_split import split_attention
 from quire.ops.triton.attention_tiles import tile_attention
@@ -211,8 +212,8 @@ def attention(
     slopes_H: Tensor | None = None,
 ) -> Tensor:
     """See `quire.ops.attention.reference`. The bits of a row depend on the row and on how many of its tokens the step
-    computes, not on the other rows. `scale` must be positive; keys and values are floats, and the numbers of a head lie
-    side by side."""
+    computes, not on the other rows. `scale` must be positive; the numbers of a head lie side by side. Keys and
+    values in int8 are left to the reference."""
     return _attend(q_THE, kv, group, meta, scale, window, softcap, slopes_H, False)
 
 
@@ -235,6 +236,8 @@ def _attend(
     q_THE: Tensor, kv: Tensor, group: GroupMeta, meta: AttentionMeta, scale: float, window: int | None,
     softcap: float | None, slopes_H: Tensor | None, invariant: bool,
 ) -> Tensor:  # fmt: skip
+    if kv.dtype == torch.int8:
+        return reference.attention(q_THE, kv, group, meta, scale, window, softcap, slopes_H)
     key = (Step, invariant, q_THE.shape, q_THE.stride(), kv.shape, scale, window, softcap, slopes_H is None)
     step = meta.scratch.get(key)
     if step is None:
