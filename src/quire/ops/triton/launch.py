@@ -43,13 +43,12 @@ def processors(device: torch.device) -> int:
 class Kernel:
     """A kernel in Triton. Its parameters: tensors, then integers that vary from call to call (in capitals; one compiled
     kernel serves all their values), then constants, the last of which is `PDL`, added here. `fused`: whether the
-    compiler may round a product and a sum once instead of twice."""
+    compiler may round a product and a sum once instead of twice. `jit`: Triton's, or Gluon's."""
 
-    def __init__(self, function: Callable[..., None], fused: bool = True) -> None:
+    def __init__(self, function: Callable[..., None], fused: bool = True, jit: Any = triton.jit) -> None:
         parameters = inspect.signature(function).parameters.values()
         plain = [p.name for p in parameters if p.annotation is inspect.Parameter.empty]
-        decorate: Any = triton.jit
-        self._jit = decorate(function, do_not_specialize=[name for name in plain if name.isupper()])
+        self._jit = jit(function, do_not_specialize=[name for name in plain if name.isupper()])
         self._fused = fused
         self._compiled: dict[Any, Any] = {}
 
@@ -77,8 +76,8 @@ class Kernel:
         for pointer in pointers:
             bits |= pointer or 0
         device = 0 if INTERPRETED else torch.cuda.current_device()
-        dtypes = [None if x is None else x.dtype for x in tensors]
-        key = (constants, warps, stages, registers, device, pdl, bits & 15, *dtypes)
+        kinds = [None if x is None else x.dtype for x in tensors]
+        key = (constants, warps, stages, registers, device, pdl, bits & 15, *kinds)
         compiled = self._compiled.get(key)
         if compiled is None:
             compiled = self._jit[grid](
