@@ -60,6 +60,9 @@ def split_shape(bytes_of_key: int, rows: int) -> SplitShape:
     about programs, stages and registers only. Measured on an H200, 2026-11-20."""
     if bytes_of_key > 256:
         return SplitShape(tile=32) if bytes_of_key <= 512 else SplitShape(tile=16, segment=4, stages=2)
+    if bytes_of_key <= 128:
+        few = rows <= 16
+        return SplitShape(tile=64, programs=3 if few else 4, registers=168 if few else 128)
     if rows <= 16:
         return SplitShape(tile=64, programs=2)
     if rows <= 256:
