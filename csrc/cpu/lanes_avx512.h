@@ -315,7 +315,7 @@ template <class Form, class C> void linear_lanes(const qr_op& op, Context& c) {
     int64_t tokens = c.count(op.i[0]), outputs = op.i[1], span = form.span(), stride = 16 * span;
     int64_t rest = tokens > 16 && tokens % 16 <= LANES_REST ? tokens % 16 : 0, turned = tokens - rest;
     int halves = op.flags & QR_GATED ? 2 : 1;
-    int64_t grain = most(32, 16 * ceil_div(outputs, 16 * 8 * c.threads)), pieces = ceil_div(outputs, grain);
+    int64_t grain = grain_of(outputs, c.threads), pieces = ceil_div(outputs, grain);
     int64_t chunk = least(ceil_div(turned, 16) * 16, most(1, LANES_BYTES / stride / LANES_GROUPS) * 16 * LANES_GROUPS);
     int64_t all = chunk * span, few_bytes = rest * form.few_span();
     auto* memory = static_cast<char*>(c.shared(size_t(all + few_bytes + (chunk + rest) * int64_t(sizeof(float)))));
