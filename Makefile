@@ -8,7 +8,7 @@
 #   make bench-cpu        quire beside its peers on this CPU (ARGS="--minutes 8", repeated until it is whole)
 #   make bench-cpu-peers  install those peers, each in a virtual environment under .bench
 #   make docs    write the generated pages, check links
-#   make soak    the random-workload tests, many more examples
+#   make soak    what takes long: random workloads, the whole fault matrix, thousands of odd requests, 10 minutes of load
 #   make clean   remove .venv and caches
 
 PYTHON ?= python3
@@ -66,7 +66,9 @@ docs: $(STAMP)
 	$(BIN)/python docs/generate.py
 
 soak: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --hypothesis-profile=soak $(wildcard tests/sim) $(wildcard tests/core) $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --hypothesis-profile=soak \
+		tests/sim tests/core tests/server/test_faults.py tests/server/test_schema.py $(ARGS)
+	$(BIN)/python -m benchmarks.server.soak
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis .import_linter_cache build dist

@@ -138,6 +138,9 @@ class FakeClient:
     def has_work(self) -> bool:
         return bool(self.live or any(self.pipe))
 
+    def queue(self) -> tuple[EngineStats, int]:
+        return self.stats(), 0
+
     def stats(self) -> EngineStats:
         return EngineStats(
             blocks_total=10,

@@ -181,6 +181,31 @@ def test_a_request_that_kills_the_core_is_not_replayed_for_ever(start: Callable[
     asyncio.run(main())
 
 
+def test_the_neighbours_of_such_a_request_never_know(start: Callable[..., AsyncLLM]) -> None:
+    llm = start(logits_processors=[f"{Path(__file__).stem}:Fatal"])
+
+    async def one(index: int, **more: Any) -> list[int]:
+        kind = list(RequestOutputKind)[index % 3]
+        given = params(seed=index, max_tokens=60, output_kind=kind, **more)
+        tokens: list[int] = []
+        async for output in llm.generate(PROMPTS[index % 4], given):
+            new = list(output.outputs[0].token_ids)
+            tokens = [*tokens, *new] if kind is RequestOutputKind.DELTA else new
+        return tokens
+
+    async def main() -> None:
+        expected = [await one(i) for i in range(6)]
+        running = [asyncio.create_task(one(i)) for i in range(6)]
+        await asyncio.sleep(0.05)
+        with pytest.raises(EngineError, match="SIGKILL"):
+            await one(7, extra_args={"fatal": True})
+        late = asyncio.create_task(one(1))
+        assert await asyncio.gather(*running, late) == [*expected, expected[1]]
+        assert 2 <= client(llm).restarts <= 3
+
+    asyncio.run(main())
+
+
 def test_a_stopped_core_does_not_hold_up_the_end(start: Callable[..., AsyncLLM]) -> None:
     llm = start()
     os.kill(client(llm)._child.process.pid, signal.SIGSTOP)

@@ -93,6 +93,11 @@ class World:
         return out
 
 
+def attend(world: World, meta: AttentionMeta, *args: Any, **rule: Any) -> Tensor:
+    write_kv(world.k, world.v, world.kv, world.group.slots_T)
+    return attention(world.q, world.kv, world.group, meta, *args, **rule)
+
+
 ROWS = [(1, 1), (9, 1), (0, 1), (32, 1), (5, 5), (17, 4), (30, 29), (2, 1)]
 RULES = [
     {"scale": 0.4},
@@ -108,20 +113,20 @@ RULES = [
 def test_equals_the_dense_meaning(rule: dict[str, Any], num_decodes: int) -> None:
     world = World(6, ROWS)
     expected = world.expected(**rule)
-    got = attention(world.q, world.k, world.v, world.kv, world.group, world.meta(num_decodes, slack=2), **rule)
+    got = attend(world, world.meta(num_decodes, slack=2), **rule)
     assert torch.allclose(got, expected, atol=2e-6)
 
 
 def test_much_work_is_cut_into_slices(monkeypatch: pytest.MonkeyPatch) -> None:
     world = World(4, ROWS)
     monkeypatch.setattr("quire.ops.attention.reference._MAX_NUMBERS", 32 * K * E * 3)
-    got = attention(world.q, world.k, world.v, world.kv, world.group, world.meta(4), 0.5)
+    got = attend(world, world.meta(4), 0.5)
     assert torch.allclose(got, world.expected(scale=0.5), atol=2e-6)
 
 
 def test_half_precision_keeps_softmax_in_float32() -> None:
     world = World(4, ROWS, torch.bfloat16)
-    got = attention(world.q, world.k, world.v, world.kv, world.group, world.meta(4), 0.5)
+    got = attend(world, world.meta(4), 0.5)
     assert got.dtype == torch.bfloat16
     assert torch.allclose(got.float(), world.expected(scale=0.5), atol=1e-2)
 
@@ -130,7 +135,7 @@ def test_a_captured_batch_has_no_host_lengths() -> None:
     world = World(4, ROWS[:4])
     meta = world.meta(4)
     meta.q_lens = meta.kv_lens = None
-    got = attention(world.q, world.k, world.v, world.kv, world.group, meta, 0.5)
+    got = attend(world, meta, 0.5)
     assert torch.allclose(got, world.expected(scale=0.5), atol=2e-6)
     assert not got[2].any(), "a padding row gives zeros"
 
@@ -165,5 +170,7 @@ def test_decodes_ask_the_device_for_nothing() -> None:
         fake = mode.from_tensor
         group = GroupMeta(fake(world.group.block_tables_RP), fake(world.group.slots_T))
         meta.lengths_R, meta.cu_q = fake(meta.lengths_R), fake(meta.cu_q)
-        got = attention(fake(world.q), fake(world.k), fake(world.v), fake(world.kv), group, meta, 0.5, window=3)
+        kv = fake(world.kv)
+        write_kv(fake(world.k), fake(world.v), kv, group.slots_T)
+        got = attention(fake(world.q), kv, group, meta, 0.5, window=3)
     assert got.shape == world.q.shape

@@ -54,4 +54,4 @@ def test_names_are_checked(op: Op) -> None:
 
 def test_report_covers_every_built_in_op() -> None:
     chosen = {choice.op: choice.chosen for choice in report(CPU, torch.float32)}
-    assert {"activation", "attention", "gated_activation", "layer_norm", "rms_norm", "rotary"} <= set(chosen)
+    assert {"activation", "attention", "gated_activation", "heads", "layer_norm", "rms_norm"} <= set(chosen)

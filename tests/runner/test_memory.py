@@ -52,7 +52,7 @@ def config(length: int = 64, chunk: int = 16, seqs: int = 3, world: int = 1, **c
     )
 
 
-def count(groups: tuple[KVGroup, ...] = FULL, device: torch.device = CPU, **options: Any) -> int:
+def count(groups: tuple[KVGroup, ...] = FULL, device: memory.Device | None = None, **options: Any) -> int:
     return memory.num_blocks(config(**options), groups, torch.float32, device)
 
 
@@ -81,10 +81,10 @@ def test_a_cpu_takes_half_of_what_is_free_but_no_more_than_all_rows_can_fill(mon
 def test_mapped_weights_are_not_free(monkeypatch: pytest.MonkeyPatch) -> None:
     """The system counts pages of files as memory that can be had."""
     monkeypatch.setattr(memory, "_free_host_memory", lambda: 64 * PAGE)
-    assert memory.num_blocks(config(), FULL, torch.float32, CPU, mapped=24 * PAGE) == 20
+    assert memory.num_blocks(config(), FULL, torch.float32, mapped=24 * PAGE) == 20
     with pytest.raises(ClientError, match=r"gets 0\.00 GiB"):
-        memory.num_blocks(config(), FULL, torch.float32, CPU, mapped=65 * PAGE)
-    assert memory.num_blocks(config(kv_cache_memory_bytes=20 * PAGE), FULL, torch.float32, CPU, mapped=1 << 40) == 20
+        memory.num_blocks(config(), FULL, torch.float32, mapped=65 * PAGE)
+    assert memory.num_blocks(config(kv_cache_memory_bytes=20 * PAGE), FULL, torch.float32, mapped=1 << 40) == 20
 
 
 @pytest.mark.parametrize("quantization", [None, "int8"])
@@ -113,13 +113,13 @@ def test_memory_that_is_not_there_is_refused_in_one_line() -> None:
 
 def test_a_sliding_group_needs_its_window_and_a_chunk_only() -> None:
     """7 pages: ceil((8 + 16) / 4), and one more since a window begins anywhere in a page. The rest would be idle."""
-    assert memory.num_blocks(config(kv_cache_memory_bytes=7 * PAGE), SLIDING, torch.float32, CPU) == 7
+    assert memory.num_blocks(config(kv_cache_memory_bytes=7 * PAGE), SLIDING, torch.float32) == 7
     with pytest.raises(ClientError):
-        memory.num_blocks(config(kv_cache_memory_bytes=7 * PAGE - 1), SLIDING, torch.float32, CPU)
+        memory.num_blocks(config(kv_cache_memory_bytes=7 * PAGE - 1), SLIDING, torch.float32)
     half = PAGE // 2  # a page runs through one layer of each group
-    assert memory.num_blocks(config(kv_cache_memory_bytes=(16 + 7) * half), MIX, torch.float32, CPU) == 23
+    assert memory.num_blocks(config(kv_cache_memory_bytes=(16 + 7) * half), MIX, torch.float32) == 23
     with pytest.raises(ClientError):
-        memory.num_blocks(config(kv_cache_memory_bytes=(16 + 7) * half - 1), MIX, torch.float32, CPU)
+        memory.num_blocks(config(kv_cache_memory_bytes=(16 + 7) * half - 1), MIX, torch.float32)
 
 
 def test_a_large_chunk_needs_no_more_than_the_whole_sequence() -> None:
@@ -131,7 +131,7 @@ def test_what_suffices_is_what_the_scheduler_asks_for() -> None:
         page = page_bytes(tiny_arch(2), groups, 4, torch.float32)
         for blocks in range(30):
             try:
-                memory.num_blocks(config(kv_cache_memory_bytes=blocks * page), groups, torch.float32, CPU)
+                memory.num_blocks(config(kv_cache_memory_bytes=blocks * page), groups, torch.float32)
             except ClientError:
                 with pytest.raises(ClientError):
                     Scheduler(groups, blocks, 4, 3, 16, 64)
@@ -148,13 +148,39 @@ def test_a_shortage_says_what_is_there_what_is_needed_and_what_to_change() -> No
     assert "lower max_model_len" in text and "\n" not in text
 
 
-def test_a_device_gives_what_its_share_leaves_beside_what_is_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
-    """1000 pages, of which 300 are in use: 80 % of all, less those."""
-    device = torch.device("cuda", 0)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (700 * PAGE, 1000 * PAGE))
-    assert count(device=device, gpu_memory_utilization=0.8) == 500
-    with pytest.raises(ClientError, match=r"gets 0\.00 GiB \(gpu_memory_utilization=0\.2 of"):
-        count(device=device, gpu_memory_utilization=0.2)
+def test_a_gpu_gives_what_the_share_leaves_beside_weights_and_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "CONTEXT", 10 * PAGE)
+    assert (
+        count(device=memory.Device(1000 * PAGE, 900 * PAGE, 200 * PAGE, 90 * PAGE), gpu_memory_utilization=0.8) == 500
+    )
+
+
+def test_what_others_hold_on_a_gpu_counts_only_where_it_is_not_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "CONTEXT", 0)
+    mostly_free = memory.Device(1000 * PAGE, 700 * PAGE, 200 * PAGE, 100 * PAGE)
+    crowded = memory.Device(1000 * PAGE, 300 * PAGE, 200 * PAGE, 100 * PAGE)
+    assert count(device=mostly_free, gpu_memory_utilization=0.8) == 500
+    assert count(device=crowded, gpu_memory_utilization=0.8) == 200
+
+
+@pytest.mark.parametrize(
+    ("device", "advice"),
+    [
+        (memory.Device(1000 * PAGE, 900 * PAGE, 200 * PAGE, 90 * PAGE), r"set gpu_memory_utilization to 0\.3\d\d, or"),
+        (memory.Device(1000 * PAGE, 95 * PAGE, 200 * PAGE, 90 * PAGE), "lower max_num_batched_tokens or max_model_len"),
+        (memory.Device(1000 * PAGE, 3 * PAGE, 200 * PAGE, 2 * PAGE), "lower max_model_len, or give"),
+    ],
+)
+def test_a_shortage_on_a_gpu_says_the_smallest_fix(
+    device: memory.Device, advice: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "CONTEXT", 0)
+    with pytest.raises(ClientError, match=advice) as caught:
+        count(device=device, gpu_memory_utilization=0.3)
+    assert "weights" in str(caught.value) and "are free" in str(caught.value)
+    if "set gpu" in advice:
+        share = float(str(caught.value).split("gpu_memory_utilization to ")[1].split(",")[0])
+        assert count(device=device, gpu_memory_utilization=share) >= 16, "what it says is enough"
 
 
 def test_the_host_gets_whole_pages_of_its_swap_space() -> None:

@@ -51,9 +51,9 @@ def run(**options: Any) -> tuple[list[Any], int]:
         replay, count = replay_of(llm), [0]
         plain = replay.run
 
-        def counted(plan: Any) -> Any:
+        def counted(plan: Any, carried: bool = False) -> Any:
             count[0] += 1
-            return plain(plan)
+            return plain(plan, carried)
 
         replay.run = counted
         common: dict[str, Any] = {"max_tokens": 20, "ignore_eos": True, "detokenize": False}

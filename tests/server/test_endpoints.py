@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+import time
 from itertools import pairwise
 from typing import Any
 
@@ -14,6 +15,17 @@ from quire import __version__
 MESSAGES = [{"role": "user", "content": "Hello"}]
 JSON = {"content-type": "application/json"}
 BROKEN = (b"{", b"\xff\xfe", b"", b'"x"', b'{"prompt": "\\ud800"}', b"[" * 50_000, b'{"prompt": "x", "n": NaN}')
+HOSTILE = {  # each once ended the engine for everyone, held it up, or was answered with 500
+    "half a surrogate pair": b'{"prompt": "x", "vllm_xargs": {"a": "\\ud800"}}',
+    "an integer that no wire can carry": {"prompt": "x", "vllm_xargs": {"a": 1 << 70}},
+    "a header in an id": {"prompt": "x", "request_id": "a\r\nx-injected: yes"},
+    "an id that no header can carry": {"prompt": "x", "request_id": "\u6f22", "stream": True},
+    "too many prompts": {"prompt": ["x"] * 20_000},
+    "too many samples": {"prompt": "x", "n": 1 << 30},
+    "too many of both": {"prompt": ["x"] * 100, "n": 1000},
+    "a text that cannot fit": {"prompt": "x " * 49_000 * 2, "truncate_prompt_tokens": 5},
+    "too many stop strings": {"prompt": "x", "stop": [f"{i}" for i in range(5000)]},
+}
 
 
 def test_tokens_and_back(server: Server) -> None:
@@ -70,6 +82,27 @@ def test_every_error_has_openai_s_shape(server: Server) -> None:
         )
 
 
+def test_a_body_harms_nobody_else(server: Server) -> None:
+    for name, body in HOSTILE.items():
+        data = body if isinstance(body, bytes) else json.dumps(body).encode()
+        for path in ("/v1/completions", "/generate") if b"vllm_xargs" in data else ("/v1/completions",):
+            begin = time.monotonic()
+            answer = server.post(path, content=data, headers=JSON)
+            assert answer.status_code in (400, 413), (name, answer.text)
+            assert "x-injected" not in answer.headers and time.monotonic() - begin < 2, name
+            assert server.get("/health").status_code == 200 and server.get("/load").json() == {"server_load": 0}, name
+    parts: dict[str, Any] = {"messages": [{"role": "user", "content": [{"type": ["text"], "text": "x"}]}]}
+    assert server.post("/v1/chat/completions", parts).status_code == 400
+    answer = server.post("/v1/completions", content=b'{"prompt": "x"}')
+    assert answer.json()["error"]["code"] == "invalid_content_type"
+
+
+def test_logprobs_of_named_tokens(server: Server) -> None:
+    body = {"messages": MESSAGES, "max_tokens": 1, "logprobs": True, "logprob_token_ids": [5, 6, 7]}
+    (line,) = server.post("/v1/chat/completions", body).json()["choices"][0]["logprobs"]["content"]
+    assert len(line["top_logprobs"]) == 3
+
+
 def test_request_ids(server: Server) -> None:
     body = {"prompt": "x", "max_tokens": 1}
     answer = server.post("/v1/completions", body, headers={"x-request-id": "mine"})
@@ -100,6 +133,13 @@ def test_a_half_sent_body_holds_up_nobody(server: Server) -> None:
     with socket.create_connection((host, int(port))) as connection:
         connection.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\n{")
         assert server.post("/v1/completions", {"prompt": "x", "max_tokens": 1}).status_code == 200
+
+
+def test_a_head_has_an_end(server: Server) -> None:
+    host, port = server.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port))) as connection:
+        connection.sendall(b"GET /health HTTP/1.1\r\nx: " + b"a" * 70_000)
+        assert connection.recv(100).startswith(b"HTTP/1.1 431")
 
 
 def test_metrics(server: Server) -> None:
@@ -146,6 +186,7 @@ def test_the_document_is_true(server: Server) -> None:
             answers = operation["responses"]
             assert "422" not in answers and ("4XX" in answers), (path, method)
             assert answers["200"]["content"], (path, method)
-    for path in ("/v1/completions", "/v1/chat/completions", "/generate"):
+    lines, events = "application/x-ndjson", "text/event-stream"
+    for path, stream in (("/v1/completions", events), ("/v1/chat/completions", events), ("/generate", lines)):
         content = paths[path]["post"]["responses"]["200"]["content"]
-        assert set(content) == {"application/json", "text/event-stream"}
+        assert set(content) == {"application/json", stream}

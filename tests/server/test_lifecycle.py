@@ -15,8 +15,9 @@ from typing import Any
 
 import httpx2 as httpx
 import openai
+import psutil
 import pytest
-from servers import Server, gone, until
+from servers import SMALL, Server, gone, until
 
 PROMPT = "Once upon a time"
 LONG: dict[str, Any] = {"prompt": PROMPT, "max_tokens": 450, "ignore_eos": True}
@@ -187,6 +188,46 @@ def test_starting_is_told_and_a_port_in_use_too(start: Callable[..., Server]) ->
     until(lambda: _status(server, seen) == 200, 60)
     assert seen == {200, 503}
     assert server.stop() == 0
+
+
+def test_who_stops_a_server_does_not_wait_for_its_model(start: Callable[..., Server]) -> None:
+    server = start(wait=False)
+    until(lambda: any(p.num_threads() > 1 for p in psutil.Process(server.process.pid).children()), 60)
+    engine = server.engine().pid
+    os.kill(engine, signal.SIGSTOP)  # it will take for ever to start
+    assert server.stop(timeout=10) == 0 and gone(engine)
+
+
+def test_a_socket_left_behind_is_taken_over(tmp_path: Path) -> None:
+    path = tmp_path / "socket"
+    with socket.socket(socket.AF_UNIX) as left:
+        left.bind(str(path))
+    command = [sys.executable, "-m", "quire", "serve", "demo", f"--uds={path}", *SMALL]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        assert any("serving demo" in line for line in process.stderr)
+        taken = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        assert taken.returncode == 2 and "cannot listen" in taken.stderr
+        with httpx.Client(transport=httpx.HTTPTransport(uds=str(path))) as client:
+            assert client.get("http://localhost/health").status_code == 200
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 0 and not path.exists()
+
+
+def test_a_certificate_that_is_not_there(start: Callable[..., Server], tmp_path: Path) -> None:
+    server = start(f"--ssl-keyfile={tmp_path / 'key'}", f"--ssl-certfile={tmp_path / 'certificate'}", wait=False)
+    assert server.process.wait(60) == 2
+    server._reader.join()
+    assert "ssl_certfile" in "".join(server.log)
+
+
+def test_silence_and_halves_are_not_waited_for(start: Callable[..., Server]) -> None:
+    server = start("--request-timeout=0.5")
+    host, port = server.url.removeprefix("http://").split(":")
+    for sent in (b"", b"GET /hea", b"POST /v1/completions HTTP/1.1\r\ncontent-length: 9\r\n\r\n{"):
+        with socket.create_connection((host, int(port)), timeout=10) as connection:
+            connection.sendall(sent)
+            assert connection.recv(100).startswith(b"HTTP/1.1 408"), sent
 
 
 def _status(server: Server, seen: set[int]) -> int:

@@ -62,8 +62,8 @@ class CacheConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SchedulerConfig:
-    """What a step may hold and how many are in flight (`depth`), with `lead` sampled tokens of a sequence unknown to
-    the host when it is planned again (0 or 1)."""
+    """What a step may hold, how long it may take in milliseconds (0: any time) and how many are in flight (`depth`),
+    with `lead` sampled tokens of a sequence unknown to the host when it is planned again (0 or 1)."""
 
     max_num_seqs: int
     max_num_batched_tokens: int
@@ -71,6 +71,7 @@ class SchedulerConfig:
     scheduling_policy: str = "fcfs"
     depth: int = 1
     lead: int = 0
+    target_step_ms: float = 0.0
     async_scheduling: bool = False
 
 

@@ -37,11 +37,14 @@ class Draft:
 
 
 class Planner:
+    """`beside`: tokens of prompts that a step may hold beside rows that decode; None: as many as fit."""
+
     def __init__(self, state: State, max_tokens: int, stages: int, chunked: bool) -> None:
         self._state = state
         self._max_tokens = max_tokens
         self._stages = stages
         self._chunked = chunked
+        self.beside: int | None = None
         self._number = 0
         self._blocked: tuple[tuple[int, int, int], int, int] | None = None
         self._ones = np.ones(state.rows.num_rows, np.int32)
@@ -91,7 +94,10 @@ class Planner:
             order, computed, length = order[pick], computed[pick], length[pick]
         steady = (length - computed == 1) & rows.on_device[order]
         draft = Draft(moves, order)
-        budget = self._max_tokens - int(np.count_nonzero(steady))
+        decodes = int(np.count_nonzero(steady))
+        budget = self._max_tokens - decodes
+        if decodes and self.beside is not None:
+            budget = min(budget, self.beside)
         for i in np.flatnonzero(~steady | (computed >= rows.capacity[order])).tolist():
             seq = rows.owner(int(order[i]))
             if seq is None:  # preempted a moment ago

@@ -146,6 +146,11 @@ class Scheduler:
             self._flights.append(InFlight(plan, epoch[plan.rows], epoch[plan.sample_rows]))
         return plan
 
+    def limit_prompts(self, tokens: int) -> None:
+        """From now on so many tokens of prompts in a step, at most, while other rows decode. Prompts must come in
+        chunks."""
+        self._planner.beside = tokens
+
     def commit(self, plan: Plan, result: StepResult) -> list[Delta]:
         """Take in the result of the oldest plan in flight."""
         flight = self._flights[0]

@@ -198,10 +198,11 @@ class AsyncLLM:
         """The result of `function`, called in the engine's thread between two steps. Raises what it raises."""
         return await self._call(function)
 
-    @property
-    def unadded(self) -> int:
-        """Requests that were submitted and have not come to the engine yet."""
-        return self._unadded
+    def queue(self) -> tuple[EngineStats, int]:
+        """The core's last statistics, and how many requests that were submitted they do not know of yet."""
+        with self._wake:
+            stats, unseen = self._engine.client.queue()
+            return stats, unseen + self._unadded
 
     def stalled(self) -> float:
         """Seconds for which there has been work and nothing was computed."""
@@ -347,14 +348,18 @@ class AsyncLLM:
         return not stopping
 
     def _add(self, stream: Stream, draft: Draft, priority: int) -> None:
-        with self._wake:
-            self._unadded -= 1
         try:
-            self._engine.add(draft, stream.id, priority, stream.name)
-        except QuireError as e:  # the core refused it: say, a pool too small for its prompt
+            with self._wake:  # whoever counts the queue sees a request there or here, and once
+                self._unadded -= 1
+                self._engine.add(draft, stream.id, priority, stream.name)
+        except Exception as e:  # the core refused it: say, a pool too small for its prompt
+            error = e
+            if not isinstance(e, QuireError):
+                logger.exception("request %s cannot be given to the engine", stream.name)
+                error = EngineError(f"the request cannot be given to the engine: {type(e).__name__}: {e}")
             with self._wake:
                 self._streams.pop(stream.name, None)
-            self._hand_over(stream.box.loop, [(stream, e)])
+            self._hand_over(stream.box.loop, [(stream, error)])
 
     def _abort(self, stream: Stream) -> None:
         if self._streams.get(stream.name) is stream:  # else it has ended meanwhile, and the name may be another's

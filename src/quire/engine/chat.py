@@ -119,6 +119,8 @@ def _part(part: Any) -> str:
     if isinstance(part, str):
         return part
     kind = part.get("type", "text") if isinstance(part, Mapping) else type(part).__name__
+    if not isinstance(kind, str):
+        raise ClientError("the type of a content part must be a string", "messages", part)
     key = _TEXT_PARTS.get(kind)
     if key is None:
         raise ClientError(f"content of type {kind!r} is not supported yet; only text is", "messages", part)

@@ -15,6 +15,7 @@ import msgspec
 
 from quire.config.schema import Config
 from quire.core.scheduler import Scheduler
+from quire.engine.pace import Pace
 from quire.engine.trial import Trial
 from quire.executor.base import Executor, Result
 from quire.runner.logits import has_processors
@@ -68,6 +69,9 @@ class EngineCore:
         self._inflight: deque[tuple[Plan, Result]] = deque()
         self._trial = Trial(self._scheduler.reached)
         self._times: dict[str, Times] = {}
+        paced = schedule.target_step_ms > 0 and schedule.enable_chunked_prefill
+        self._pace = Pace(schedule.target_step_ms / 1e3) if paced else None
+        self._begun = deque[float]()  # when the plans in flight were submitted
         self.step_tokens = 0
         self.progress = time.monotonic()  # when something was last computed
 
@@ -79,6 +83,7 @@ class EngineCore:
             depth = self._depth if self._trial.running is None else 1
             while len(self._inflight) < depth and (plan := self._scheduler.schedule()) is not None:
                 self._stamp(plan)
+                self._begun.append(time.monotonic())
                 self._inflight.append((plan, self._executor.submit(plan)))
             if not self._inflight:
                 return self._nothing_planned()
@@ -86,7 +91,7 @@ class EngineCore:
             deltas = self._scheduler.commit(plan, pending.result())
             self._inflight.popleft()
             self.step_tokens = int(plan.counts.sum())
-            self.progress = time.monotonic()
+            self._measure(plan)
             if self._trial.passed():
                 self._scheduler.only(self._trial.running)
             self._tell(deltas, plan.number)
@@ -98,6 +103,16 @@ class EngineCore:
         except BaseException:  # Ctrl-C in the middle of a step: nobody knows how far it came
             self._restart()
             raise
+
+    def _measure(self, plan: Plan) -> None:
+        """A step is done: it began when it was submitted, or when the one before it ended."""
+        now = time.monotonic()
+        begun = max(self._begun.popleft(), self.progress)
+        self.progress = now
+        if self._pace is not None:
+            prompt = len(plan.tokens)
+            self._pace.took(prompt, self.step_tokens - prompt, now - begun)
+            self._scheduler.limit_prompts(self._pace.tokens())
 
     def _stamp(self, plan: Plan) -> None:
         entered, sampled = self._scheduler.firsts()
@@ -158,6 +173,7 @@ class EngineCore:
             except Exception as later:
                 log.debug("a plan in flight: %s", later)
         self._inflight.clear()
+        self._begun.clear()
         return self._scheduler.discard()
 
     def add(self, request: Request) -> None:
@@ -186,6 +202,10 @@ class EngineCore:
 
     def stats(self) -> EngineStats:
         return self._scheduler.stats()
+
+    def queue(self) -> tuple[EngineStats, int]:
+        """The statistics, and how many requests they do not know of: none, here."""
+        return self.stats(), 0
 
     def reset_prefix_cache(self) -> bool:
         return self._scheduler.reset_prefix_cache()

@@ -24,6 +24,7 @@ from quire.types.request import Request
 
 Params = SamplingParams | BeamSearchParams
 
+CHARACTERS_A_TOKEN = 256  # more than the longest token of any vocabulary known
 _SEED_MASK = 2**64 - 1
 _NOT_YET = {  # fields that are accepted and checked, but do nothing so far
     "watermarking": None,
@@ -119,6 +120,10 @@ class InputProcessor:
             return []
         if self._tokenizer is None:
             raise ClientError("a text prompt needs a tokenizer, and skip_tokenizer_init=True: give token ids", "prompt")
+        most = CHARACTERS_A_TOKEN * self._max_len
+        if longest := next((len(text) for text in texts if len(text) > most), 0):
+            text = f"the prompt has {longest} characters, far more than max_model_len={self._max_len} tokens can hold"
+            raise ClientError(f"{text}: shorten it", "prompt", longest)  # tokenizing it could take many seconds
         if len(texts) == 1:
             return [self._tokenizer.encode(texts[0], add_special_tokens)]
         return self._tokenizer.encode_batch(texts, add_special_tokens)

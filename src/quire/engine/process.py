@@ -2,8 +2,9 @@
 
 Owns: that process, the socket to it, and what is known of the requests that it runs. When the process is lost it is
 started again, and its requests are replayed from their tokens: the noise of a token depends on the request's seed and
-the token's position alone, so they go on as if nothing had happened. A request that was there twice when the core died
-is not replayed again. All from one thread, except `wake`.
+the token's position alone, so they go on as if nothing had happened. Requests that were there twice when the core died
+are replayed one after the other, each once the one before has got a token: if the core dies again, it is clear of whose
+work, and that request ends with an error. All from one thread, except `wake`.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ _STOP_S = 5.0  # how long the core may take to end when asked
 _CALL_S = 120.0
 COUNTERS = ("preemptions", "prefix_queries", "prefix_hits", "prompt_tokens", "generation_tokens")
 HELLO = 0  # the number of a call that only wants an answer
-MAX_DEATHS = 2  # of the core under one request
+MAX_DEATHS = 2  # of the core under one request, before it is suspected
 MAX_STARTS = 3  # in a row that fail, or that no step follows
 CALM_S = 30.0  # a process that was ready so long counts as a success
 
@@ -50,6 +51,7 @@ class _Live:
         self.samples = params.n if isinstance(params, SamplingParams) else 0
         self.tokens: list[list[int] | None] = [[] for _ in range(self.samples)]
         self.begun = False
+        self.sent = False  # to the core that runs now
 
     def take(self, delta: Delta) -> bool:
         """Answers whether the request is over with this."""
@@ -89,12 +91,13 @@ class ProcessClient:
         self._context = zmq.Context(io_threads=1)
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._live: dict[str, _Live] = {}
+        self._suspects: deque[str] = deque()  # the first one is being tried, and nothing new begins meanwhile
         self._late: list[Delta] = []  # for the next `step`
         self._asked: dict[int, tuple[str, Future[Any]]] = {}
         self._calls = 0
         self._stats = EngineStats()
         self._before: EngineStats | None = None
-        self._sent = 0
+        self._meant = 0  # requests that the core has been given, or will be
         self._closed = False
         self._ready = False
         self._starts = 0
@@ -112,27 +115,32 @@ class ProcessClient:
     def add(self, request: Request) -> None:
         if not self._live:
             self.progress = time.monotonic()
-        live = _Live(request)
-        if self._ready:
-            try:
-                self._send(wire.Add(request))
-            except NotImplementedError as error:
-                text = f"logits_processors of a request cannot be sent to another process ({error}): name the class in"
-                raise ClientError(f"{text} the engine's logits_processors", "logits_processors") from error
-            self._sent += 1
-        self._live[request.id] = live
+        try:  # now, even if it is sent later: what cannot be sent must not come up then
+            data = wire.encode(wire.Add(request))
+        except NotImplementedError as error:
+            text = f"logits_processors of a request cannot be sent to another process ({error}): name the class in"
+            raise ClientError(f"{text} the engine's logits_processors", "logits_processors") from error
+        except (TypeError, ValueError, OverflowError, RecursionError) as error:
+            text = f"extra_args cannot be sent to the engine's process: {error}"
+            raise ClientError(text, "extra_args") from error
+        live = self._live[request.id] = _Live(request)
+        self._meant += 1
+        if self._ready and not self._suspects:
+            self._give(live, data)
 
     def abort(self, request_ids: list[str]) -> None:
         for name in request_ids:
-            self._live.pop(name, None)
+            self._forget(name)
         if self._ready:
             self._send(wire.Abort(request_ids))
+            self._try()
 
     def end(self, request_id: str, index: int, at: int) -> None:
         if (live := self._live.get(request_id)) is not None and live.end(index):
-            del self._live[request_id]
+            self._forget(request_id)
         if self._ready:
             self._send(wire.End(request_id, index, at))
+            self._try()
 
     def step(self) -> list[Delta]:
         """Waits for what the core's next step brings, or for `wake`. Raises `EngineError` where the core is lost and
@@ -161,10 +169,10 @@ class ProcessClient:
         """As of the core's last step; counters go on where the last process left off."""
         return self._stats if self._before is None else _added(self._stats, self._before)
 
-    @property
-    def unseen(self) -> int:
-        """Requests that the last statistics do not know of yet."""
-        return self._sent - self._stats.received
+    def queue(self) -> tuple[EngineStats, int]:
+        """The core's last statistics, and how many requests they do not know of yet."""
+        stats = self._stats
+        return stats, max(0, self._meant - stats.received)
 
     def take_steps(self) -> list[int]:
         """How many tokens each step since the last call computed. From any thread."""
@@ -262,6 +270,9 @@ class ProcessClient:
             live = self._live.get(delta.request_id)
             if live is not None and live.take(delta):
                 del self._live[delta.request_id]
+            if self._suspects and delta.request_id == self._suspects[0]:
+                self._suspects.popleft()
+                self._begin()
         self._late += message.deltas
 
     def _answered(self, reply: wire.Reply) -> None:
@@ -290,14 +301,43 @@ class ProcessClient:
 
     def _connect(self, ready: wire.Ready) -> None:
         self._socket.connect(self._address)
-        self._stats, self.seconds, self._sent = ready.stats, ready.seconds, 0
+        self._stats, self.seconds = ready.stats, ready.seconds
         self._ready = True
         self._since = time.monotonic()
         self.progress = time.monotonic()
         self._send(wire.Call(HELLO, "hello"))
+        self._suspects.extend(name for name, live in self._live.items() if live.deaths >= MAX_DEATHS)
+        self._begin()
+
+    def _begin(self) -> None:
+        """Send the next suspect, or, where there is none, all that wait."""
+        while self._suspects and self._suspects[0] not in self._live:
+            self._suspects.popleft()
+        for live in [self._live[self._suspects[0]]] if self._suspects else self._live.values():
+            if not live.sent:
+                self._give(live, wire.encode(wire.Add(live.resumed())))
+
+    def _try(self) -> None:
+        """Go on with the next suspect if the one that was tried has ended."""
+        if self._suspects and self._suspects[0] not in self._live:
+            self._begin()
+
+    def _give(self, live: _Live, data: bytes) -> None:
+        self._socket.send(data)
+        live.sent = True
+
+    def _forget(self, name: str) -> None:
+        if (live := self._live.pop(name, None)) is not None and not live.sent:
+            self._meant -= 1
+
+    def _guilty(self) -> list[str]:
+        """Of whose work the core died, as far as that can be told; counts the deaths of all."""
+        if self._suspects:
+            return [self._suspects[0]]
         for live in self._live.values():
-            self._send(wire.Add(live.resumed()))
-            self._sent += 1
+            live.deaths += live.sent
+        found = [name for name, live in self._live.items() if live.deaths >= MAX_DEATHS]
+        return found if len(found) == 1 else [name for name in found if self._live[name].deaths > MAX_DEATHS]
 
     def _lost(self, text: str) -> None:
         code = self._child.exit_code(1.0)
@@ -313,11 +353,13 @@ class ProcessClient:
             log.error("%s", text)
         self.restarts += 1
         self._before, self._stats = self.stats(), EngineStats()
-        for name, live in list(self._live.items()):
-            live.deaths += 1
-            if live.deaths >= MAX_DEATHS:
-                del self._live[name]
+        for name in self._guilty():
+            if self._live.pop(name, None) is not None:
                 self._late.append(Delta(name, 0, [], FinishReason.ERROR, error=reason))
+        self._suspects.clear()
+        for live in self._live.values():
+            live.sent = False
+        self._meant = len(self._live)
         self._start()
 
     def _send(self, message: wire.ToCore) -> None:

@@ -1,4 +1,4 @@
-"""Attention of one layer: q/k norm, rotary, KV write and attention, kept together for the ops that fuse them.
+"""Attention of one layer in two ops: `heads` (q/k norm, rotary, KV write) and `attention`.
 
 Owns: the rule of the layer (scale, window, softcap, slopes). Knows its layer number, by which it finds its pages in the
 step; holds no cache. Shape legend: T tokens, H query heads, K KV heads, E head size.
@@ -11,22 +11,49 @@ from torch import Tensor, nn
 
 from quire.config.arch import ModelArch
 from quire.layers.norm import RMSNorm
-from quire.layers.rotary import NoRotary, Rotary
+from quire.layers.rotary import Rotary
 from quire.layers.step import Step
 from quire.ops.attention import ATTENTION
 from quire.ops.dispatch import Binder
+from quire.ops.heads import HEADS
 
 
-class NoHeadNorm(nn.Module):
-    """For models that do not normalise queries and keys."""
+class Heads(nn.Module):
+    """Head norm, rotation and KV write. `norm`: RMSNorm over each head of q and k, whose weights the checkpoint keeps
+    beside the parent of this module's parent as q_norm and k_norm."""
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return x, x
+    def __init__(self, arch: ModelArch, rotary: Rotary | None, norm: bool) -> None:
+        super().__init__()
+        self.head_dim, self.eps = arch.head_dim, arch.norm_eps
+        self.rotary = rotary
+        self.q_norm = RMSNorm(arch.head_dim, arch.norm_eps, "../../../q_norm.weight") if norm else None
+        self.k_norm = RMSNorm(arch.head_dim, arch.norm_eps, "../../../k_norm.weight") if norm else None
+        self.op = HEADS.reference
+
+    def bind(self, ops: Binder) -> None:
+        turned = 0 if self.rotary is None else self.rotary.rope.rotary_dim
+        self.op = ops.bind(HEADS, head_dim=self.head_dim, rotary_dim=turned, head_norm=self.q_norm is not None)
+
+    def forward(
+        self, q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor, pages: Tensor, slots_T: Tensor, positions_T: Tensor
+    ) -> Tensor:
+        return self.op(
+            q_THE,
+            k_TKE,
+            v_TKE,
+            pages,
+            slots_T,
+            positions_T,
+            None if self.rotary is None else self.rotary.table_2LF,
+            None if self.q_norm is None else self.q_norm.weight,
+            None if self.k_norm is None else self.k_norm.weight,
+            self.eps,
+        )
 
 
 class Attention(nn.Module):
-    """`rotary`: None where positions come otherwise. `head_norm`: RMSNorm over each head of q and k, whose weights the
-    checkpoint keeps beside this module's siblings as q_norm and k_norm. `slopes`: ALiBi, one for each query head.
+    """`rotary`: None where positions come otherwise. `head_norm`: RMSNorm over each head of q and k. `slopes`: ALiBi,
+    one for each query head.
     """
 
     slopes_H: Tensor | None
@@ -46,12 +73,7 @@ class Attention(nn.Module):
         self.scale = arch.attention_scale if scale is None else scale
         self.window = arch.sliding_windows[layer]
         self.softcap = arch.attn_softcap
-        self.rotary = rotary or NoRotary()
-        self.q_norm: nn.Module = NoHeadNorm()
-        self.k_norm: nn.Module = NoHeadNorm()
-        if head_norm:
-            self.q_norm = RMSNorm(arch.head_dim, arch.norm_eps, "../../q_norm.weight")
-            self.k_norm = RMSNorm(arch.head_dim, arch.norm_eps, "../../k_norm.weight")
+        self.heads = Heads(arch, rotary, head_norm)
         self.slopes = slopes
         self.register_buffer("slopes_H", None, persistent=False)
         self.op = ATTENTION.reference
@@ -74,20 +96,8 @@ class Attention(nn.Module):
     def forward(self, q: Tensor, k: Tensor, v: Tensor, positions_T: Tensor, step: Step) -> Tensor:
         """q (T, H*E), k and v (T, K*E) -> (T, H*E); writes k and v into the step's pages."""
         q_THE, k_TKE, v_TKE = (x.unflatten(-1, (-1, self.head_dim)) for x in (q, k, v))
-        q_THE, _ = self.q_norm(q_THE)
-        k_TKE, _ = self.k_norm(k_TKE)
-        q_THE, k_TKE = self.rotary(q_THE, k_TKE, positions_T)
         group, pages = step.kv[self.layer]
-        out_THE = self.op(
-            q_THE,
-            k_TKE,
-            v_TKE,
-            pages,
-            step.attn.groups[group],
-            step.attn,
-            self.scale,
-            self.window,
-            self.softcap,
-            self.slopes_H,
-        )
+        meta = step.attn.groups[group]
+        q_THE = self.heads(q_THE, k_TKE, v_TKE, pages, meta.slots_T, positions_T)
+        out_THE = self.op(q_THE, pages, meta, step.attn, self.scale, self.window, self.softcap, self.slopes_H)
         return out_THE.flatten(1)

@@ -176,5 +176,6 @@ class LMHead(Matrix):
                 return
         super().quantize()
 
-    def forward(self, hidden_SD: Tensor) -> Tensor:
-        return self.op(hidden_SD, self.weight, None, torch.float32)
+    def forward(self, hidden_SD: Tensor, dtype: torch.dtype | None = torch.float32) -> Tensor:
+        """(S, V) in `dtype`; None: that of the hidden states."""
+        return self.op(hidden_SD, self.weight, None, dtype)

@@ -68,9 +68,10 @@ class CausalLM(nn.Module):
         """Token ids and positions (int64) of the ragged batch -> hidden states (T, D), in the model's dtype."""
         return self.get_submodule(self.prefix)(tokens_T, positions_T, step)
 
-    def compute_logits(self, hidden_SD: Tensor) -> Tensor:
-        """Logits (S, V) in float32 of some hidden states."""
-        logits_SV = self.lm_head(hidden_SD)
-        if (cap := self.arch.logit_softcap) is not None:
+    def compute_logits(self, hidden_SD: Tensor, dtype: torch.dtype | None = torch.float32) -> Tensor:
+        """Logits (S, V) of some hidden states in `dtype`; None: float32, or whatever is cheaper and as exact."""
+        cap = self.arch.logit_softcap
+        logits_SV = self.lm_head(hidden_SD, dtype if cap is None else torch.float32)
+        if cap is not None:
             logits_SV = torch.tanh(logits_SV / cap) * cap
         return logits_SV

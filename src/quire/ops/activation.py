@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from quire.ops import native, triton
 from quire.ops.dispatch import REGISTRY
-from quire.ops.native import register
 
 _tanh_gelu = partial(F.gelu, approximate="tanh")
 
@@ -53,5 +53,7 @@ def gated_activation(x_T2F: Tensor, kind: str) -> Tensor:
 
 ACTIVATION = REGISTRY.op("activation", activation)
 GATED_ACTIVATION = REGISTRY.op("gated_activation", gated_activation)
-register(ACTIVATION, "supports_activation")
-register(GATED_ACTIVATION, "supports_activation")
+native.register(ACTIVATION, "supports_activation")
+native.register(GATED_ACTIVATION, "supports_activation")
+triton.register(ACTIVATION, "activation:activation")
+triton.register(GATED_ACTIVATION, "activation:gated_activation")

@@ -1,5 +1,5 @@
 """Writing, reading and moving KV pages. Owns: the layout (2, N, B, K, E) of a layer's KV tensor, and that of a cache in
-int8. Knows no block accounting; the write is part of the op `attention`, which faster implementations fuse.
+int8. Knows no block accounting; the write is part of the op `heads`.
 
 In int8 each key and value of a head is a row of its own scale: E whole numbers, filled up to fours, then the float32 by
 which they are to be multiplied, four bytes more; so the tensor is (2, N, B, K, row_size) and moves like any other.

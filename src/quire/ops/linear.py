@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from quire.ops import native, triton
 from quire.ops.dispatch import REGISTRY
-from quire.ops.native import register
 
 
 def linear(x_TD: Tensor, weight_ND: Tensor, bias_N: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:
@@ -131,7 +131,8 @@ LINEAR = REGISTRY.op("linear", linear)
 EMBEDDING = REGISTRY.op("embedding", embedding)
 QUANTIZED_EMBEDDING = REGISTRY.op("quantized_embedding", quantized_embedding)
 QUANTIZED_LINEAR = REGISTRY.op("quantized_linear", quantized_linear)
-register(LINEAR, "supports_linear")
-register(EMBEDDING)
-register(QUANTIZED_LINEAR)
-register(QUANTIZED_EMBEDDING)
+native.register(LINEAR, "supports_linear")
+native.register(EMBEDDING)
+native.register(QUANTIZED_LINEAR)
+native.register(QUANTIZED_EMBEDDING)
+triton.register(EMBEDDING, "embedding:embedding")

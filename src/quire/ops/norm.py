@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from quire.ops import native, triton
 from quire.ops.dispatch import REGISTRY
-from quire.ops.native import register
 
 
 def rms_norm(x_TD: Tensor, residual_TD: Tensor | None, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -32,5 +32,7 @@ def layer_norm(
 
 RMS_NORM = REGISTRY.op("rms_norm", rms_norm)
 LAYER_NORM = REGISTRY.op("layer_norm", layer_norm)
-register(RMS_NORM)
-register(LAYER_NORM)
+native.register(RMS_NORM)
+native.register(LAYER_NORM)
+triton.register(RMS_NORM, "norm:rms_norm", "supports_norm")
+triton.register(LAYER_NORM, "norm:layer_norm", "supports_norm")

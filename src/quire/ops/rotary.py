@@ -1,4 +1,4 @@
-"""Rotary position embedding: the table of angles and its application.
+"""Rotary position embedding: the table of angles and its application (the op that does it is `ops.heads`).
 
 Owns: frequencies for each scaling kind, as Transformers computes them (float32 throughout, since at position p an error
 of the frequency counts p times). Knows no layers.
@@ -14,8 +14,6 @@ import torch
 from torch import Tensor
 
 from quire.config.arch import RopeParams
-from quire.ops.dispatch import REGISTRY
-from quire.ops.native import register
 from quire.types.errors import ClientError
 
 
@@ -106,6 +104,3 @@ def _yarn(rope: RopeParams) -> tuple[Tensor, float]:
 
 
 _KINDS = {"default": _default, "linear": _linear, "llama3": _llama3, "yarn": _yarn}
-
-ROTARY = REGISTRY.op("rotary", rotary)
-register(ROTARY)

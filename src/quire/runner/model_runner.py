@@ -60,22 +60,28 @@ class ModelRunner:
         self._sampler = sampler
         self._upload = make_upload(device, depth)
         self._replay = replay
+        # A GPU reads logits as they come; a CPU's linear layers give float32 at no cost.
+        self._logits = None if device.type == "cuda" else torch.float32
 
     @torch.inference_mode()
     def submit(self, plan: Plan) -> Pending:
         """Start a step; returns before the device is done."""
         table, upload = self._table, self._upload
         replayed = self._replay.takes(plan) and not self._wants_prompt_logprobs(plan)
-        table.stage(plan, upload)
-        if not replayed:
-            batches.stage(plan, upload)
-        upload.send()
-        table.apply(plan, upload)
+        carried = replayed and self._replay.carries(plan)
+        if carried:
+            table.retire(plan)
+        else:
+            table.stage(plan, upload)
+            if not replayed:
+                batches.stage(plan, upload)
+            upload.send()
+            table.apply(plan, upload)
         self._store.move(plan.swap_out, plan.swap_in, plan.copies)
         if not len(plan.rows):
             return Pending(plan.number, None, ())
         if replayed:
-            return Pending(plan.number, self._sample_replayed(plan, self._replay.run(plan)), ())
+            return Pending(plan.number, self._sample_replayed(plan, self._replay.run(plan, carried)), ())
         batch = batches.build(plan, upload, table, self._store.layers)
         hidden_TD = self._model(batch.tokens_T, batch.step.positions_T, batch.step)
         table.length_R[batch.rows_R] = batch.lengths_R
@@ -85,29 +91,30 @@ class ModelRunner:
     def _sample(self, plan: Plan, batch: Batch, hidden_TD: Tensor) -> Sampled | None:
         if not len(plan.sample_rows):
             return None
-        table, rows_S = self._table, batch.sample_rows_S
-        logits_SV = self._model.compute_logits(hidden_TD[batch.last_S])
-        length_S = batch.lengths_R[batch.sample_index_S]
-        sampled = self._sampler(logits_SV, plan.sample_rows, length_S, table.sampling, rows_S)
-        table.sampling.append(plan.sample_rows, sampled.tokens_S)
-        table.sampling.grammars.advance(plan.sample_rows, sampled.tokens)
-        table.last_R[rows_S] = sampled.tokens_S
-        table.length_R[rows_S] = length_S
-        return sampled
+        logits_SV = self._model.compute_logits(hidden_TD[batch.last_S], self._logits)
+        return self._draw(plan, logits_SV, batch.sample_rows_S, batch.lengths_R[batch.sample_index_S])
 
     def _sample_replayed(self, plan: Plan, done: Replayed) -> Sampled | None:
         if not len(plan.sample_rows):
             return None
+        return self._draw(plan, done.logits_SV, done.rows_S, done.lengths_S, done.greedy)
+
+    def _draw(
+        self,
+        plan: Plan,
+        logits_SV: Tensor,
+        rows_S: Tensor,
+        lengths_S: Tensor,
+        greedy: tuple[Tensor, Tensor] | None = None,
+    ) -> Sampled:
         table, rows = self._table, plan.sample_rows
-        length_S = torch.from_numpy(done.lengths_S)
-        if table.sampling.needs[rows].any():
-            sampled = self._sampler(done.logits_SV, rows, length_S, table.sampling)
+        if greedy is not None and not table.sampling.needs[rows].any():
+            sampled = self._sampler.greedy(*greedy)
         else:
-            sampled = self._sampler.greedy(done.tokens_S, done.top_S)
+            sampled = self._sampler(logits_SV, rows, lengths_S, table.sampling, rows_S)
         table.sampling.append(rows, sampled.tokens_S)
         table.sampling.grammars.advance(rows, sampled.tokens)
-        table.last_R.numpy()[rows] = sampled.tokens_S.numpy()
-        table.length_R.numpy()[rows] = done.lengths_S
+        table.draw(rows, rows_S, sampled.tokens_S, lengths_S)
         return sampled
 
     def _wants_prompt_logprobs(self, plan: Plan) -> bool:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -20,28 +19,20 @@ from torch import Tensor
 
 from quire.layers.step import AttentionMeta, GroupMeta, Step
 from quire.models.base import CausalLM
+from quire.ops.dispatch import Binder
 from quire.ops.native import program
 from quire.ops.native.bound import kernels_of, most_tokens
 from quire.ops.native.kernels import Kernels
 from quire.ops.native.recorder import Recorder, Unrecordable, record
+from quire.runner.graphs import Graphs
 from quire.runner.kv_store import KVStore
+from quire.runner.replayed import NoReplay, Replay, Replayed
 from quire.runner.table import RequestTable
 from quire.types.plan import Plan
 
 log = logging.getLogger(__name__)
 
 TOKENS, ROWS, DECODES, SAMPLES = range(4)  # entries of the program's dims
-
-
-@dataclass(frozen=True, slots=True)
-class Replayed:
-    """What a replayed step gives; the next overwrites it. `tokens_S`, `top_S`: the likeliest token of each row and its
-    logit. `lengths_S`: tokens of each sampled row."""
-
-    logits_SV: Tensor
-    tokens_S: Tensor
-    top_S: Tensor
-    lengths_S: NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,26 +50,6 @@ class _Host:
     step_lengths_R: NDArray[np.int32]
     cu_q: NDArray[np.int32]
     last_S: NDArray[np.int64]
-
-
-class Replay(Protocol):
-    def takes(self, plan: Plan) -> bool:
-        """Whether `run` can serve the plan; else it runs eagerly."""
-        ...
-
-    def run(self, plan: Plan) -> Replayed:
-        """The forward of a plan whose changes were applied to the table."""
-        ...
-
-
-class NoReplay:
-    """Every step runs eagerly."""
-
-    def takes(self, plan: Plan) -> bool:
-        return False
-
-    def run(self, plan: Plan) -> Replayed:
-        raise AssertionError("no step is recorded")
 
 
 class HostReplay:
@@ -145,7 +116,10 @@ class HostReplay:
     def takes(self, plan: Plan) -> bool:
         return 0 < len(plan.rows) <= self._max_rows and int(plan.counts.sum()) <= self._max_tokens
 
-    def run(self, plan: Plan) -> Replayed:
+    def carries(self, plan: Plan) -> bool:
+        return False
+
+    def run(self, plan: Plan, carried: bool = False) -> Replayed:
         num_rows, total = len(plan.rows), int(plan.counts.sum())
         host, size = self._host, self._table.block_size
         rows, counts = plan.rows, plan.counts
@@ -182,17 +156,30 @@ class HostReplay:
         dims[DECODES] = num_rows if decode_only else int(np.argmax(counts != 1))
         self._recording.run()
         lengths[rows] = ends
-        lengths_S = ends[plan.sample_index].astype(np.int64)
-        logits_SV = self._recording.outputs
-        return Replayed(logits_SV[:samples], self._index_S[:samples], self._top_S[:samples], lengths_S)
+        lengths_S = torch.from_numpy(ends[plan.sample_index].astype(np.int64))
+        rows_S = torch.from_numpy(plan.sample_rows.astype(np.int64))
+        greedy = self._index_S[:samples], self._top_S[:samples]
+        return Replayed(self._recording.outputs[:samples], rows_S, lengths_S, greedy)
 
 
 def make_replay(
-    model: CausalLM, table: RequestTable, store: KVStore, device: torch.device, max_tokens: int, enforce_eager: bool
+    model: CausalLM,
+    table: RequestTable,
+    store: KVStore,
+    ops: Binder,
+    device: torch.device,
+    max_tokens: int,
+    depth: int,
+    enforce_eager: bool,
 ) -> Replay:
-    """Recorded steps of up to `max_tokens` on a CPU with the native library, for models that can be recorded."""
+    """On a GPU graphs; on a CPU with the native library recorded steps of up to `max_tokens`, for models that can be
+    recorded."""
     native = kernels_of(model)
-    if native is None or device.type != "cpu" or enforce_eager:
+    if enforce_eager:
+        return NoReplay()
+    if device.type == "cuda":
+        return Graphs(model, table, store, ops, device, max_tokens, depth)
+    if native is None:
         return NoReplay()
     try:
         return HostReplay(model, table, store, native, max_tokens)

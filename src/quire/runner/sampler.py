@@ -163,7 +163,8 @@ class Sampler:
     ) -> Sampled:
         """Draws the token at index `positions_S` (int64) of each of `rows`.
 
-        logits_SV: float32, overwritten. rows_S: `rows` as int64 on the device, where the caller has them there.
+        logits_SV: float32, overwritten, or of a smaller type, kept. rows_S: `rows` as int64 on the device, where the
+        caller has them there.
         """
         assert state.engine_processors.processors == self.engine_processors, "state made with other processors"
         needs_S = state.needs[rows]
@@ -171,6 +172,7 @@ class Sampler:
         if not union & ~Needs.HISTORY:
             tokens_S, top_S = sample_greedy(logits_SV)
             return self._sampled(tokens_S, top_S, [], [])
+        logits_SV = logits_SV.float()
         if rows_S is None:
             rows_S = to_device(rows.astype(np.int64), self.device)
         reals_SP, wholes_SP = state.numbers(rows_S)

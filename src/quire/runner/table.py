@@ -13,7 +13,7 @@ from torch import Tensor
 
 from quire.runner.sampler import Sampler
 from quire.runner.upload import Upload
-from quire.types.plan import Plan
+from quire.types.plan import Ints, Plan
 
 
 class RequestTable:
@@ -41,8 +41,7 @@ class RequestTable:
 
     def apply(self, plan: Plan, upload: Upload) -> None:
         """After the copy was sent: change the rows."""
-        if len(plan.retired):
-            self.sampling.retire(plan.retired)
+        self.retire(plan)
         for row in plan.new_rows:
             self.sampling.add(row)
             self.prompt_length[row.row] = row.prompt_length
@@ -59,3 +58,17 @@ class RequestTable:
             if len(delta.rows):
                 rows, index, blocks = upload[f"table{g}"]
                 self.pages_RP[g][rows, index] = blocks.to(torch.int32)
+
+    def retire(self, plan: Plan) -> None:
+        """All that is to be done for a plan that changes no other row but by new pages that the step brings along."""
+        if len(plan.retired):
+            self.sampling.retire(plan.retired)
+
+    def draw(self, rows: Ints, rows_S: Tensor, tokens_S: Tensor, lengths_S: Tensor) -> None:
+        """The tokens that `rows` (`rows_S` on the device) drew at these lengths."""
+        if self.last_R.device.type == "cpu":  # NumPy is faster on a few numbers
+            self.last_R.numpy()[rows] = tokens_S.numpy()
+            self.length_R.numpy()[rows] = lengths_S.numpy()
+        else:
+            self.last_R[rows_S] = tokens_S
+            self.length_R[rows_S] = lengths_S

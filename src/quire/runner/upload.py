@@ -1,5 +1,6 @@
 """All integers of a step in one copy to the device. Owns: the host buffers, pinned where that speeds the copy, and when
-each may be written again. On a CPU there is nothing to copy (`HostUpload`)."""
+each may be written again. On a CPU there is nothing to copy (`HostUpload`). `Pinned` is the same for a buffer whose
+layout stays."""
 
 from __future__ import annotations
 
@@ -86,3 +87,26 @@ class DeviceUpload:
 
     def __getitem__(self, name: str) -> Tensor:
         return self._views[name]
+
+
+class Pinned:
+    """`buffers` host buffers of `size` int32 numbers that take turns."""
+
+    def __init__(self, size: int, buffers: int, device: torch.device) -> None:
+        pin = device.type == "cuda"
+        self._ring = [torch.zeros(size, dtype=torch.int32, pin_memory=pin) for _ in range(buffers)]
+        self._read = [torch.cuda.Event() for _ in range(buffers)] if pin else []
+        self._turn = -1
+
+    def next(self) -> NDArray[np.int32]:
+        """The buffer to fill; waits until the device has read what it held."""
+        self._turn = (self._turn + 1) % len(self._ring)
+        if self._read:
+            self._read[self._turn].synchronize()
+        return self._ring[self._turn].numpy()
+
+    def send(self, target: Tensor) -> None:
+        """Start the copy of its first numbers into `target` (int32, contiguous)."""
+        target.copy_(self._ring[self._turn][: target.numel()], non_blocking=True)
+        if self._read:
+            self._read[self._turn].record()

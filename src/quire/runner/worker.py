@@ -5,6 +5,7 @@ Knows nothing of scheduling or of other ranks' processes.
 
 from __future__ import annotations
 
+import logging
 from functools import partial
 from typing import cast
 
@@ -21,6 +22,7 @@ from quire.ops.native.bound import most_tokens
 from quire.ops.native.kernels import ANY
 from quire.ops.sampling import SAMPLE
 from quire.runner import memory
+from quire.runner.graphs import Graphs
 from quire.runner.kv_store import KVStore
 from quire.runner.logits import load_processors
 from quire.runner.model_runner import ModelRunner, Pending
@@ -31,6 +33,8 @@ from quire.structured.compiler import Compiler, compiler
 from quire.types.errors import ClientError
 from quire.types.kv import KVGroup
 from quire.types.plan import Plan, StepResult
+
+log = logging.getLogger(__name__)
 
 KV_DTYPES = DTYPES | {"int8": torch.int8}
 
@@ -51,6 +55,8 @@ class Worker:
         arch, size = config.model.arch, config.cache.block_size
         dtype = DTYPES[config.model.dtype]
         self.ops = Binder(self.device, dtype, config.device.ops)
+        gpu = self.device.type == "cuda"
+        before = torch.cuda.memory_allocated(self.device) if gpu else 0
         model = cast(CausalLM, load_model(config, self.device, self.ops))
         processors = load_processors(config.model.logits_processors, arch.vocab_size, self.device)
         sampler = Sampler(
@@ -64,7 +70,8 @@ class Worker:
         )
         self.kv_groups: tuple[KVGroup, ...] = kv_groups(arch, config.model.max_model_len)
         kv_dtype = KV_DTYPES[config.cache.kv_cache_dtype]
-        self.num_blocks = memory.num_blocks(config, self.kv_groups, kv_dtype, self.device, mapped_bytes(model))
+        there = memory.device_memory(model, config, self.kv_groups, kv_dtype, self.device, before) if gpu else None
+        self.num_blocks = memory.num_blocks(config, self.kv_groups, kv_dtype, there, mapped_bytes(model))
         self.num_host_blocks = memory.num_host_blocks(config, self.kv_groups, kv_dtype)
         try:
             store = KVStore(arch, self.kv_groups, self.num_blocks, self.num_host_blocks, size, kv_dtype, self.device)
@@ -77,9 +84,12 @@ class Worker:
             config.scheduler.max_num_seqs, config.model.max_model_len, size, len(self.kv_groups), sampler, self.device
         )
         budget = config.scheduler.max_num_batched_tokens
-        replay = make_replay(model, table, store, self.device, budget, config.model.enforce_eager)
-        self._runner = ModelRunner(model, store, table, sampler, replay, self.device, config.scheduler.depth)
-        if self.device.type == "cpu":
+        depth = config.scheduler.depth
+        replay = make_replay(model, table, store, self.ops, self.device, budget, depth, config.model.enforce_eager)
+        self._runner = ModelRunner(model, store, table, sampler, replay, self.device, depth)
+        if isinstance(replay, Graphs):
+            log.info("%d graphs of decode steps were captured in %.1f s", *replay.prepare())
+        if not gpu:
             _leave_the_cores_to_native_threads(model, self.ops)
 
     def submit(self, plan: Plan) -> Pending:

@@ -6,13 +6,16 @@ Owns: which function answers which path, and that every error has OpenAI's shape
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Coroutine
 from functools import partial
 from typing import Any
 
+import msgspec
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
+from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 
 from quire.server import live, page, protocol
@@ -39,6 +42,7 @@ from quire.server.protocol import (
     Version,
 )
 from quire.server.served import Served
+from quire.server.sse import EVENTS, LINES
 from quire.types.errors import ClientError, QuireError
 from quire.utils.version import VERSION
 
@@ -48,11 +52,16 @@ ERRORS: dict[int | str, dict[str, Any]] = {
     "4XX": {"model": ErrorResponse, "description": "The request cannot be answered as it is"},
     "5XX": {"model": ErrorResponse, "description": "The server cannot answer, now or at all"},
 }
-STREAM: dict[str, Any] = {"text/event-stream": {"schema": {"type": "string"}}}
+EVENT: dict[str, Any] = {
+    "type": "object",
+    "required": ["data"],
+    "properties": {"data": {"type": "string", "description": "A part of the answer as JSON, an error, or [DONE]"}},
+}
 
 
-def streaming(model: type) -> dict[int | str, dict[str, Any]]:
-    return {**ERRORS, 200: {"model": model, "content": STREAM, "description": "The answer, whole or as events"}}
+def streaming(model: type, media_type: str, item: dict[str, Any]) -> dict[int | str, dict[str, Any]]:
+    stream = {media_type: {"schema": item}}
+    return {**ERRORS, 200: {"model": model, "content": stream, "description": "The answer, whole or in parts"}}
 
 
 def build(served: Served) -> Any:
@@ -67,6 +76,7 @@ def build(served: Served) -> Any:
         redoc_url=None,
         root_path=served.args.root_path,
     )
+    app.router.route_class = _Route
     _errors(app)
     _generation(app, served)
     _models(app, served)
@@ -86,6 +96,26 @@ def build(served: Served) -> Any:
     return guarded
 
 
+class _Request(Request):
+    async def json(self) -> Any:
+        """The body, by a parser that is stricter than Python's: no NaN, no half of a surrogate pair (which could be
+        passed on to nobody), no nesting without end."""
+        try:
+            return msgspec.json.decode(await self.body())
+        except (msgspec.DecodeError, RecursionError) as error:
+            raise ApiError(400, f"the body is not JSON: {error}", "invalid_json") from error
+
+
+class _Route(APIRoute):
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handle = super().get_route_handler()
+
+        async def strict(request: Request) -> Response:
+            return await handle(_Request(request.scope, request.receive))
+
+        return strict
+
+
 def _errors(app: FastAPI) -> None:
     async def known(request: Request, error: Exception) -> Response:
         found = api_error(error)
@@ -96,9 +126,10 @@ def _errors(app: FastAPI) -> None:
     async def invalid(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
         first = error.errors()[0]
+        if isinstance(error.body, bytes):
+            text = "the body must be JSON and say so: send Content-Type: application/json"
+            return await known(request, ApiError(400, text, "invalid_content_type"))
         where = ".".join(str(part) for part in first["loc"] if part != "body")
-        if first["type"] == "json_invalid":
-            return await known(request, ApiError(400, f"the body is not JSON: {first['ctx']['error']}", "invalid_json"))
         text = f"{where}: {first['msg']}" if where else first["msg"]
         return await known(request, ApiError(400, text, "invalid_value", where.split(".")[0] or None))
 
@@ -124,17 +155,17 @@ def _errors(app: FastAPI) -> None:
 
 
 def _generation(app: FastAPI, served: Served) -> None:
-    @app.post("/v1/completions", responses=streaming(CompletionResponse), response_class=Response)
+    @app.post("/v1/completions", responses=streaming(CompletionResponse, EVENTS, EVENT), response_class=Response)
     async def completions(body: CompletionRequest, request: Request) -> Response:
         """Continue one or more prompts."""
         return await complete(served, body, request)
 
-    @app.post("/v1/chat/completions", responses=streaming(ChatResponse), response_class=Response)
+    @app.post("/v1/chat/completions", responses=streaming(ChatResponse, EVENTS, EVENT), response_class=Response)
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         """Write the next message of a conversation."""
         return await chat(served, body, request)
 
-    @app.post("/generate", responses=streaming(GenerateResponse), response_class=Response)
+    @app.post("/generate", responses=streaming(GenerateResponse, LINES, {"type": "string"}), response_class=Response)
     async def plain(body: GenerateRequest, request: Request) -> Response:
         """Continue a prompt: the plain interface."""
         return await generate(served, body, request)
@@ -164,8 +195,12 @@ def _models(app: FastAPI, served: Served) -> None:
         text = body.prompt if body.prompt is not None else await render(served, body)
         special = body.add_special_tokens if body.add_special_tokens is not None else body.messages is None
         tokenizer = served.tokenizer
-        ids = await served.engine.call(partial(tokenizer.encode, text, special), len(text))
-        strings = [tokenizer.id_to_token(i) or "" for i in ids] if body.return_token_strs else None
+
+        def work() -> tuple[list[int], list[str] | None]:
+            ids = tokenizer.encode(text, special)
+            return ids, [tokenizer.id_to_token(i) or "" for i in ids] if body.return_token_strs else None
+
+        ids, strings = await served.engine.call(work, len(text))
         return TokenizeResponse(
             count=len(ids), max_model_len=served.config.model.max_model_len, tokens=ids, token_strs=strings
         )

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncGenerator
-from functools import partial
 from typing import Any
 
 from starlette.requests import Request
@@ -35,9 +34,10 @@ async def chat(served: Served, body: ChatRequest, request: Request) -> Response:
     speech.demand(params)
     prompts: list[Any] = [{"prompt": prompt, "cache_salt": body.cache_salt} if body.cache_salt else prompt]
     drafts = await served.prepare(prompts, params, body.add_special_tokens)
+    talks = [speech.talk() for _ in range(params.n)]
     id = served.request_id("chatcmpl", body.request_id, request.headers.get("x-request-id"))
     run = Run(served, id, drafts, body.priority)
-    answer = _Answer(served, body, run, model, [speech.talk() for _ in range(params.n)], speech.named)
+    answer = _Answer(served, body, run, model, talks, speech.named)
     if body.stream:
         return EventStream(run, answer.frames())
     (output,) = await run.whole(request.receive)
@@ -49,25 +49,32 @@ async def render(served: Served, body: Any) -> str:
     if body.chat_template is not None and not served.args.trust_request_chat_template:
         text = "chat_template in a request is not allowed here: start the server with --trust-request-chat-template"
         raise ApiError(400, text, "invalid_value", "chat_template")
-    messages = [_plain(message) for message in body.messages]
     tools = [tool.model_dump(exclude_none=True) for tool in body.tools or ()]
     if getattr(body, "tool_choice", None) == "none" and served.args.exclude_tools_when_tool_choice_none:
         tools = []
     kwargs = {**served.args.default_chat_template_kwargs, **(body.chat_template_kwargs or {})}
     if (effort := getattr(body, "reasoning_effort", None)) is not None:
         kwargs.setdefault("reasoning_effort", effort)
-    work = partial(
-        render_chat,
-        served.tokenizer,
-        messages,
-        chat_template=body.chat_template or served.config.model.chat_template,
-        content_format=served.args.chat_template_content_format,
-        add_generation_prompt=body.add_generation_prompt and not body.continue_final_message,
-        continue_final_message=body.continue_final_message,
-        tools=tools or None,
-        template_kwargs=kwargs,
-    )
-    return await served.engine.call(work, sum(len(str(m.get("content") or "")) for m in messages))
+    tokenizer = served.tokenizer
+
+    def work() -> str:
+        return render_chat(
+            tokenizer,
+            [_plain(message) for message in body.messages],
+            chat_template=body.chat_template or served.config.model.chat_template,
+            content_format=served.args.chat_template_content_format,
+            add_generation_prompt=body.add_generation_prompt and not body.continue_final_message,
+            continue_final_message=body.continue_final_message,
+            tools=tools or None,
+            template_kwargs=kwargs,
+        )
+
+    return await served.engine.call(work, sum(_size(message.content) for message in body.messages))
+
+
+def _size(content: Any) -> int:
+    """About how many characters a message has."""
+    return 100 + (len(content) if isinstance(content, str) else 1000 * len(content or ()))
 
 
 def _plain(message: Message) -> dict[str, Any]:
@@ -82,6 +89,8 @@ def _logprobs(body: ChatRequest) -> int | None:
         if body.top_logprobs:
             raise ClientError("top_logprobs needs logprobs=true", "top_logprobs", body.top_logprobs)
         return None
+    if body.logprob_token_ids is not None and body.top_logprobs is None:
+        return None  # these are shown, instead of the likeliest
     top = body.top_logprobs or 0
     if top < 0:
         raise ClientError("top_logprobs must be at least 0", "top_logprobs", top)
@@ -137,7 +146,9 @@ class _Answer:
     def _lines(self, one: CompletionOutput) -> dict[str, Any] | None:
         if one.logprobs is None:
             return None
-        return logprobs.chat(one.logprobs, one.token_ids, self._body.top_logprobs or 0, self._as_id)
+        named = self._body.logprob_token_ids
+        top = len(named) if named is not None else self._body.top_logprobs or 0
+        return logprobs.chat(one.logprobs, one.token_ids, top, self._as_id)
 
     async def frames(self) -> AsyncGenerator[bytes]:
         options = self._body.stream_options

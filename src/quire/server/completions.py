@@ -13,9 +13,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from quire.server import logprobs
-from quire.server.protocol import CompletionRequest, GenerateRequest
+from quire.server.protocol import MAX_SEQUENCES, CompletionRequest, GenerateRequest
 from quire.server.served import Run, Served
-from quire.server.sse import EventStream, encode, frame
+from quire.server.sse import LINES, EventStream, encode, frame
 from quire.types.errors import ClientError
 from quire.types.outputs import CompletionOutput, RequestOutput
 from quire.types.params import SamplingParams
@@ -26,6 +26,9 @@ async def complete(served: Served, body: CompletionRequest, request: Request) ->
     model = served.check_model(body.model)
     prompts = _prompts(body)
     params = _params(served, body)
+    if len(prompts) * params.n > MAX_SEQUENCES:
+        text = f"{len(prompts)} prompts and n={params.n} are more than {MAX_SEQUENCES} texts: make several requests"
+        raise ClientError(text, "n", params.n)
     drafts = await served.prepare(prompts, params, body.add_special_tokens)
     id = served.request_id("cmpl", body.request_id, request.headers.get("x-request-id"))
     run = Run(served, id, drafts, body.priority)
@@ -71,9 +74,9 @@ class _Answer:
         self._n = params.n
         self._as_id = bool(body.return_tokens_as_token_ids)
         self._only_prompt = bool(body.echo) and body.max_tokens == 0
-        self._offsets = [0] * (self._n * len(run.drafts))
+        self._offsets: dict[int, int] = {}  # by choice
         self._prompt_lines: dict[int, Any] = {}  # a stream has them once, and each sample shows them
-        self._echoed = [not body.echo] * len(self._offsets)
+        self._echoed: set[int] = set()
         self._head = {"id": run.id, "object": "text_completion", "created": int(time.time()), "model": model}
 
     def whole(self, outputs: list[RequestOutput]) -> dict[str, Any]:
@@ -106,9 +109,8 @@ class _Answer:
         lines: list[Any] | None = None if one.logprobs is None else list(one.logprobs)
         if self._only_prompt:
             text, tokens, lines = "", [], None if lines is None else []
-        first = not self._echoed[index]
-        if first:
-            self._echoed[index] = True
+        if body.echo and index not in self._echoed:
+            self._echoed.add(index)
             text = self._prompt_text(prompt) + text
             if output.prompt_logprobs is not None:
                 self._prompt_lines[prompt] = output.prompt_logprobs
@@ -119,7 +121,7 @@ class _Answer:
         if lines is not None:
             shown = body.logprobs if body.logprob_token_ids is None else len(body.logprob_token_ids)
             choice["logprobs"], self._offsets[index] = logprobs.completion(
-                lines, tokens, self._offsets[index], shown or 0, self._as_id, self._name
+                lines, tokens, self._offsets.get(index, 0), shown or 0, self._as_id, self._name
             )
         if one.finish_reason is not None:
             choice["stop_reason"] = one.stop_reason
@@ -146,7 +148,7 @@ async def generate(served: Served, body: GenerateRequest, request: Request) -> R
     drafts = await served.prepare([body.prompt], params)
     run = Run(served, served.request_id("gen", None, request.headers.get("x-request-id")), drafts, body.priority)
     if body.stream:
-        return EventStream(run, _lines(run, body.prompt, params.n), done=b"")
+        return EventStream(run, _lines(run, body.prompt, params.n), LINES)
     (output,) = await run.whole(request.receive)
     return Response(encode({"text": [body.prompt + one.text for one in output.outputs]}), media_type="application/json")
 

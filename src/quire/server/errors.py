@@ -71,6 +71,8 @@ def api_error(error: BaseException) -> ApiError:
     if isinstance(error, ClientError):
         too_long = error.parameter == "prompt" and isinstance(error.value, int)
         return ApiError(400, str(error), "context_length_exceeded" if too_long else "invalid_value", error.parameter)
+    if isinstance(error, RecursionError):
+        return ApiError(400, "the body is nested too deeply", "invalid_value")
     if isinstance(error, EngineError):
         return ApiError(500, str(error).splitlines()[0], "engine_error")
     return ApiError(500, f"{type(error).__name__}: {error}", "internal_error")

@@ -35,7 +35,7 @@ class Guard:
             return
         headers = dict(scope["headers"])
         given = headers.get(b"x-request-id", b"")
-        if not given or len(given) > 128 or not given.decode("latin-1").isprintable():
+        if not given or len(given) > 128 or not (given.isascii() and given.decode().isprintable()):
             given = uuid.uuid4().hex.encode()
             scope["headers"] = [(k, v) for k, v in scope["headers"] if k != b"x-request-id"]
             scope["headers"].append((b"x-request-id", given))
@@ -79,9 +79,8 @@ class Guard:
         if self._served.args.disable_uvicorn_access_log or scope["path"] in UNLOGGED:
             return
         client = scope.get("client") or ("-", 0)
-        log.info(
-            "%s %s %s %d in %.3f s, request %s", client[0], scope["method"], scope["path"], status, seconds, id.decode()
-        )
+        path = scope["raw_path"].decode("latin-1")  # as it was sent: nobody writes lines of his own into the log
+        log.info("%s %s %s %d in %.3f s, request %s", client[0], scope["method"], path, status, seconds, id.decode())
 
 
 def too_large(limit: int) -> ApiError:

@@ -16,6 +16,10 @@ from quire.types.params import RequestOutputKind, SamplingParams, StructuredOutp
 
 Int64 = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
 TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
+RequestId = Annotated[str, Field(max_length=256, pattern="^[ -~]*$")]  # it goes into a header
+MAX_SEQUENCES = 2048  # that one body may ask for: the prompts, times n
+MAX_MESSAGES = 10_000
+MAX_STOPS = 256  # each is looked for after each token
 Count = Annotated[int, Field(ge=-(2**31), le=2**31 - 1)]
 
 
@@ -61,12 +65,12 @@ class Sampling(Body):
     top_p: float | None = None
     top_k: Count | None = None
     min_p: float | None = None
-    n: Count | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_SEQUENCES)] | None = None
     seed: Int64 | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     repetition_penalty: float | None = None
-    stop: str | list[str] | None = None
+    stop: str | Annotated[list[str], Field(max_length=MAX_STOPS)] | None = None
     stop_token_ids: list[TokenId] | None = None
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
@@ -77,7 +81,7 @@ class Sampling(Body):
     truncate_prompt_tokens: Count | None = None
     allowed_token_ids: list[TokenId] | None = None
     logit_bias: dict[str, float] | None = None
-    bad_words: list[str] | None = None
+    bad_words: Annotated[list[str], Field(max_length=MAX_STOPS)] | None = None
     prompt_logprobs: Count | None = None
     logprob_token_ids: list[TokenId] | None = None
     stream_interval: Count | None = None
@@ -139,14 +143,22 @@ _PASSED = (
 
 class CompletionRequest(Sampling):
     model: str | None = None
-    prompt: str | list[str] | list[TokenId] | list[list[TokenId]]
+    # Fail fast: a list of a million ids is tried as a list of texts first, and must not fail a million times.
+    prompt: (
+        str
+        | Annotated[list[str], Field(fail_fast=True, max_length=MAX_SEQUENCES)]
+        | Annotated[list[TokenId], Field(fail_fast=True)]
+        | Annotated[
+            list[Annotated[list[TokenId], Field(fail_fast=True)]], Field(fail_fast=True, max_length=MAX_SEQUENCES)
+        ]
+    )
     max_tokens: Count | None = 16
     echo: bool | None = False
     logprobs: Count | None = None
     suffix: str | None = None
     best_of: Count | None = None
     add_special_tokens: bool = True
-    request_id: str | None = Field(default=None, max_length=256)
+    request_id: RequestId | None = None
 
 
 class FunctionDefinition(Body):
@@ -183,7 +195,7 @@ class Message(Body):
 class Conversation(Body):
     """What becomes a prompt by the chat template."""
 
-    messages: list[Message] = Field(min_length=1)
+    messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
     tools: list[Tool] | None = None
     add_generation_prompt: bool = True
     continue_final_message: bool = False
@@ -202,7 +214,7 @@ class ChatRequest(Sampling, Conversation):
     reasoning_effort: str | None = None
     include_reasoning: bool = True
     echo: bool | None = False
-    request_id: str | None = Field(default=None, max_length=256)
+    request_id: RequestId | None = None
 
 
 class TokenizeRequest(Body):
@@ -210,7 +222,7 @@ class TokenizeRequest(Body):
 
     model: str | None = None
     prompt: str | None = None
-    messages: list[Message] | None = None
+    messages: Annotated[list[Message], Field(max_length=MAX_MESSAGES)] | None = None
     tools: list[Tool] | None = None
     add_special_tokens: bool | None = None
     return_token_strs: bool | None = False

@@ -10,11 +10,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
+import resource
 import signal
 import socket
+import stat
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future
 from functools import partial
 from typing import Any
 
@@ -22,11 +27,13 @@ import uvicorn
 
 from quire.config.args import EngineArgs, ServerArgs
 from quire.config.resolve import resolve
+from quire.config.schema import Config
 from quire.engine.async_engine import AsyncLLM
 from quire.engine.llm_engine import LLMEngine
 from quire.engine.process import ProcessClient
 from quire.server.app import build
 from quire.server.errors import unavailable
+from quire.server.protocol_http import Protocol
 from quire.server.served import Served
 from quire.types.errors import ClientError
 from quire.utils.logging import setup_logging
@@ -35,6 +42,7 @@ log = logging.getLogger(__name__)
 
 _POLL_S = 0.05
 _LAST_WORDS_S = 2.0  # for error frames to reach their clients
+_FILES = 65_536  # descriptors, where the system allows so many: a connection is one
 
 
 def serve(engine_args: EngineArgs, args: ServerArgs, begun: float | None = None) -> int:
@@ -43,6 +51,8 @@ def serve(engine_args: EngineArgs, args: ServerArgs, begun: float | None = None)
     Raises ClientError for a configuration that cannot be met.
     """
     setup_logging(engine_args.log_level)
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (_FILES if most < 0 else min(_FILES, most), most))
     sock = _bind(args)
     try:
         config = resolve(engine_args, usage="server")
@@ -51,6 +61,9 @@ def serve(engine_args: EngineArgs, args: ServerArgs, begun: float | None = None)
         return asyncio.run(server.run(), loop_factory=_loop_factory()) if sys.version_info >= (3, 12) else _run(server)
     finally:
         sock.close()
+        if args.uds is not None:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(args.uds)
 
 
 def _run(server: _Server) -> int:
@@ -69,6 +82,7 @@ def _bind(args: ServerArgs) -> socket.socket:
     if args.uds is not None:
         sock = socket.socket(socket.AF_UNIX)
         where: Any = args.uds
+        _clear(args.uds)
     else:
         host = args.host or "0.0.0.0"
         sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
@@ -83,11 +97,47 @@ def _bind(args: ServerArgs) -> socket.socket:
     return sock
 
 
+def _clear(path: str) -> None:
+    """Remove the socket that a killed server left behind."""
+    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as other:
+        if stat.S_ISSOCK(os.stat(path).st_mode) and other.connect_ex(path) != 0:
+            os.unlink(path)
+
+
+def _http(served: Served) -> uvicorn.Config:
+    """Raises ClientError where certificate and key are of no use."""
+    args = served.args
+    config = uvicorn.Config(
+        build(served),
+        http=partial(Protocol, head_timeout_s=args.request_timeout),  # type: ignore[arg-type]
+        ws="none",
+        log_config=None,
+        access_log=False,
+        lifespan="off",
+        ssl_keyfile=args.ssl_keyfile,
+        ssl_certfile=args.ssl_certfile,
+        timeout_graceful_shutdown=int(_LAST_WORDS_S),
+    )
+    try:
+        config.load()
+    except OSError as error:  # an SSLError is one
+        text = f"ssl_certfile={args.ssl_certfile!r} and ssl_keyfile={args.ssl_keyfile!r} cannot be used: {error}"
+        raise ClientError(text, "ssl_certfile", args.ssl_certfile) from error
+    return config
+
+
 class _Uvicorn(uvicorn.Server):
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         """Signals are this module's."""
         yield
+
+
+def _make(config: Config, made: Future[AsyncLLM]) -> None:
+    try:
+        made.set_result(AsyncLLM(make=partial(LLMEngine, config, ProcessClient)))
+    except BaseException as error:
+        made.set_exception(error)
 
 
 class _Server:
@@ -97,18 +147,7 @@ class _Server:
         self._engine: AsyncLLM | None = None
         self._stop = asyncio.Event()
         self._status = 0
-        self._uvicorn = _Uvicorn(
-            uvicorn.Config(
-                build(served),
-                log_config=None,
-                access_log=False,
-                lifespan="off",
-                ssl_keyfile=self._args.ssl_keyfile,
-                ssl_certfile=self._args.ssl_certfile,
-                timeout_graceful_shutdown=int(_LAST_WORDS_S),
-                h11_max_incomplete_event_size=None,
-            )
-        )
+        self._uvicorn = _Uvicorn(_http(served))
 
     async def run(self) -> int:
         loop = asyncio.get_running_loop()
@@ -124,6 +163,9 @@ class _Server:
                 watching = asyncio.create_task(self._watch())
                 await asyncio.wait({http, stopping, watching}, return_when=asyncio.FIRST_COMPLETED)
                 watching.cancel()
+            if http.done():
+                self._status = 1
+                http.result()
             await self._drain()
         finally:
             starting.cancel()
@@ -145,9 +187,11 @@ class _Server:
         """Load the model, beside the event loop."""
         config = self._served.config
         begin = time.monotonic()
-        make = partial(LLMEngine, config, ProcessClient)
-        made = asyncio.get_running_loop().run_in_executor(None, partial(AsyncLLM, make=make))
-        self._engine = engine = await made
+        made: Future[AsyncLLM] = Future()
+        made.set_running_or_notify_cancel()
+        # A thread that the end of the program does not wait for: whoever stops a server does not wait for its model.
+        threading.Thread(target=_make, args=(config, made), name="quire-start", daemon=True).start()
+        self._engine = engine = await asyncio.wrap_future(made)
         client = engine.engine.client
         assert isinstance(client, ProcessClient)
         metrics = self._served.metrics

@@ -93,8 +93,7 @@ class Served:
         args = self.args
         if args.max_num_queued_reqs is None and args.max_num_queued_tokens is None:
             return
-        client = self.client
-        stats, unseen = client.stats(), client.unseen + self.engine.unadded
+        stats, unseen = self.engine.queue()
         free = 0 if stats.waiting else max(0, self.config.scheduler.max_num_seqs - stats.running)
         queued = stats.waiting + max(0, unseen - free)
         if args.max_num_queued_reqs is not None and queued >= args.max_num_queued_reqs and len(drafts) + unseen > free:

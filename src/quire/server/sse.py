@@ -20,12 +20,8 @@ from quire.server.served import Run
 log = logging.getLogger(__name__)
 
 DONE = b"data: [DONE]\n\n"
-KEEP_ALIVE = b": \n\n"
-_HEADERS = [
-    (b"content-type", b"text/event-stream; charset=utf-8"),
-    (b"cache-control", b"no-cache"),
-    (b"x-accel-buffering", b"no"),
-]
+EVENTS, LINES = "text/event-stream", "application/x-ndjson"
+_HEADERS = [(b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]
 encode = msgspec.json.Encoder().encode
 
 
@@ -34,18 +30,16 @@ def frame(value: Any) -> bytes:
 
 
 class EventStream(Response):
-    """Sends what `frames` makes of a run, with an end that says whether it is one."""
+    """Sends what `frames` makes of a run, as events or as lines of JSON, with an end that says whether it is one."""
 
-    media_type = "text/event-stream"
-
-    def __init__(self, run: Run, frames: AsyncGenerator[bytes], done: bytes = DONE, keep_alive_s: float = 0) -> None:
-        super().__init__(headers={"x-request-id": run.id})
-        self._run, self._frames, self._done, self._keep_alive_s = run, frames, done, keep_alive_s
+    def __init__(self, run: Run, frames: AsyncGenerator[bytes], media_type: str = EVENTS) -> None:
+        super().__init__(headers={"x-request-id": run.id}, media_type=media_type)
+        self._run, self._frames, self._events = run, frames, media_type == EVENTS
 
     async def __call__(self, scope: Any, receive: Any, send: Callable[[Any], Awaitable[None]]) -> None:
         run = self._run
         watcher = asyncio.ensure_future(run.watch(receive))
-        headers = [*_HEADERS, (b"x-request-id", run.id.encode())]
+        headers = [*_HEADERS, (b"x-request-id", run.id.encode()), (b"content-type", f"{self.media_type}".encode())]
         try:
             await send({"type": "http.response.start", "status": 200, "headers": headers})
             try:
@@ -58,9 +52,9 @@ class EventStream(Response):
                 found = api_error(error)
                 level = logging.ERROR if found.status >= 500 else logging.INFO
                 log.log(level, "request %s failed while it was being answered: %s", run.id, found.message)
-                body = frame(found.body) if self._done else found.data + b"\n"
+                body = frame(found.body) if self._events else found.data + b"\n"
                 await send({"type": "http.response.body", "body": body, "more_body": True})
-            await send({"type": "http.response.body", "body": self._done, "more_body": False})
+            await send({"type": "http.response.body", "body": DONE if self._events else b"", "more_body": False})
         finally:
             watcher.cancel()
             run.close()

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from quire.ops.attention import AttentionMeta, GroupMeta, attention
 from quire.ops.cache import quantize_rows, read_rows
+from quire.ops.heads import heads
 from quire.ops.native.kernels import Kernels
 
 BOUNDS = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
@@ -78,13 +79,19 @@ class World:
 
     def check(self, kernels: Kernels, **rule: Any) -> Tensor:
         kv = self.kv.clone()
-        expected = attention(self.q, self.k, self.v, self.kv, self.group, self.meta, **rule)
-        got = kernels.attention(self.q, self.k, self.v, kv, self.group, self.meta, **rule)
+        heads(self.q, self.k, self.v, self.kv, self.group.slots_T)
+        expected = attention(self.q, self.kv, self.group, self.meta, **rule)
+        kernels.heads(self.q, self.k, self.v, kv, self.group.slots_T)
         assert torch.equal(kv.nan_to_num(7.0), self.kv.nan_to_num(7.0)), "what was written to the cache, to the bit"
+        got = kernels.attention(self.q, kv, self.group, self.meta, **rule)
         spread = max(1.0, expected.float().abs().max().item()) if expected.numel() else 1.0
         error = (got.float() - expected.float()).abs().max().item() / spread if expected.numel() else 0.0
         assert error <= BOUNDS[self.q.dtype], error
         return got
+
+    def attend(self, kernels: Kernels, **rule: Any) -> Tensor:
+        kernels.heads(self.q, self.k, self.v, self.kv, self.group.slots_T)
+        return kernels.attention(self.q, self.kv, self.group, self.meta, **rule)
 
 
 @st.composite
@@ -117,8 +124,8 @@ RULES = st.fixed_dictionaries(
 def test_equals_the_reference(
     kernels: Of, batch: dict[str, Any], rule: dict[str, Any], alibi: bool, threads: int
 ) -> None:
-    heads = batch["heads"][0]
-    slopes = torch.arange(1, heads + 1) / heads if alibi else None
+    count = batch["heads"][0]
+    slopes = torch.arange(1, count + 1) / count if alibi else None
     World.make(**batch).check(kernels(threads), **rule, slopes_H=slopes)
 
 
@@ -140,9 +147,7 @@ def _check_alone(kernels: Of, int8: bool) -> None:
         one = GroupMeta(group.block_tables_RP[r : r + 1], group.slots_T[r : r + 1])
         part = slice(r, r + 1)
         for threads in (1, 2, 3):
-            got = kernels(threads).attention(
-                crowd.q[part], crowd.k[part], crowd.v[part], crowd.kv.clone(), one, alone, 0.125
-            )
+            got = kernels(threads).attention(crowd.q[part], crowd.kv, one, alone, 0.125)
             assert torch.equal(got, together[part])
 
 
@@ -150,7 +155,7 @@ def test_nan_is_not_lost(kernels: Of) -> None:
     for count, int8, dtype in product((1, 20), (False, True), BOUNDS):
         world = World.make(1, [(50, count)], (4, 2), 16, 16, dtype, int8)
         world.k[-1, 1] = math.nan
-        out = kernels(2).attention(world.q, world.k, world.v, world.kv, world.group, world.meta, 0.3)
+        out = world.attend(kernels(2), scale=0.3)
         assert out[-1, 2:].isnan().all() and not out[-1, :2].isnan().any()
 
 
@@ -164,7 +169,7 @@ def test_what_lies_before_the_window_is_not_read(kernels: Of) -> None:
         for each in world.kv.unbind():
             rows = torch.full((len(gone), 16, 2, 16), torch.nan)
             each[gone] = quantize_rows(rows) if int8 else rows.to(dtype)
-        out = kernels(2).attention(world.q, world.k, world.v, world.kv, world.group, world.meta, 0.3, window=20)
+        out = world.attend(kernels(2), scale=0.3, window=20)
         assert out.isfinite().all()
 
 
@@ -180,7 +185,7 @@ def test_a_wrong_page_shows(kernels: Of) -> None:
     tables = world.group.block_tables_RP
     got = world.check(kernels(2), scale=0.3)
     tables[1, :2] = tables[1, :2].flip(0)
-    swapped = kernels(2).attention(world.q, world.k, world.v, world.kv, world.group, world.meta, 0.3, window=30)
+    swapped = world.attend(kernels(2), scale=0.3, window=30)
     assert not torch.allclose(got.float(), swapped.float(), atol=0.1)
 
 

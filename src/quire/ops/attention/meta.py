@@ -7,7 +7,8 @@ plans or requests. Shape legend: T tokens of the ragged batch, R rows, P pages o
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
@@ -34,6 +35,7 @@ class AttentionMeta:
     None under a captured graph, where every row is a decode. `max_q`, `max_len`: host upper bounds (max_len: a multiple
     of B, bounds the columns to read).
     `num_decodes`: the first so many rows have exactly one token (rows are sorted so).
+    `scratch`: what an implementation makes once for this step and shares among the layers, by its own keys.
     """
 
     cu_q: Tensor
@@ -44,3 +46,4 @@ class AttentionMeta:
     num_decodes: int
     groups: tuple[GroupMeta, ...]
     kv_lens: Sequence[int] | None = None
+    scratch: dict[Any, Any] = field(default_factory=dict[Any, Any])

@@ -1,4 +1,4 @@
-"""The meaning of paged attention, in plain PyTorch: KV write, then attention of the whole ragged batch over pages.
+"""The meaning of paged attention, in plain PyTorch: the whole ragged batch over pages that hold its keys and values.
 
 Owns: the reference that every faster implementation is held to. Knows nothing of layers or models.
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from quire.ops.attention.meta import AttentionMeta, GroupMeta
-from quire.ops.cache import read_rows, write_kv
+from quire.ops.cache import read_rows
 
 # A slice of the work (queries of a long row, rows among the decodes) makes about this many numbers at the most, so
 # that memory grows neither with the square of a length nor with rows x the longest.
@@ -21,8 +21,6 @@ _MAX_NUMBERS = 1 << 24
 
 def attention(
     q_THE: Tensor,
-    k_TKE: Tensor,
-    v_TKE: Tensor,
     kv: Tensor,
     group: GroupMeta,
     meta: AttentionMeta,
@@ -31,14 +29,13 @@ def attention(
     softcap: float | None = None,
     slopes_H: Tensor | None = None,
 ) -> Tensor:
-    """Writes the step's keys and values to their slots, rounded to the cache's type (`ops.cache`: any float, or int8),
-    then attends; returns (T, H, E) in the dtype of q.
+    """(T, H, E) in the dtype of q. The step's own keys and values are in the pages already (`ops.heads`), in any float
+    type or in int8 (`ops.cache`).
 
     Causal: token i of a row sees tokens j <= i, with a `window` only i - window < j. Scores are q.k * scale, then
     softcap * tanh(scores / softcap), then + slope * (j - i) (ALiBi, arXiv:2108.12409); softmax in float32. Rows of
-    length 0 give zeros and write nothing.
+    length 0 give zeros.
     """
-    write_kv(k_TKE, v_TKE, kv, group.slots_T)
     n = meta.num_decodes
     rule = _Rule(scale, window, softcap, slopes_H)
     out_THE = torch.zeros_like(q_THE)

@@ -14,6 +14,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from quire.ops import heads as heads_reference
 from quire.ops import linear as references
 from quire.ops import sampling
 from quire.ops.attention import reference
@@ -65,6 +66,10 @@ def _heads(x_THE: Tensor) -> Tensor:
     return x_THE if dense else x_THE.contiguous()
 
 
+def _serves_cache(kv: Tensor, q_THE: Tensor) -> bool:
+    return kv.dtype in (q_THE.dtype, torch.int8) and kv[0].is_contiguous()
+
+
 # Tokens up to which bf16 linear layers run here rather than in torch's product, by measurement. On a Zen 4 that is any
 # number: 1.8 to 4 times torch's speed at one token, 0.97 to 1.17 times at 256. Where torch has a matrix unit (AMX) it
 # is 8: on a Xeon 204 GFLOP/s here and 189 to 258 there at 8 tokens, 218 and 490 to 680 at 32.
@@ -86,10 +91,6 @@ class Kernels:
         return size
 
     def rms_norm(self, x: Tensor, residual: Tensor | None, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        if residual is None and x.dim() == 3 and x.stride(-1) == 1:
-            out = self.empty(x.shape, x.dtype)
-            self.pool.run(program.head_norm(x, weight_D, out, eps, self.count(x.shape[0])))
-            return out, x
         return self._norm(program.RMS_NORM, x, residual, weight_D, None, eps)
 
     def layer_norm(
@@ -123,21 +124,36 @@ class Kernels:
         self.pool.run(program.activation(x_TD, out_TD, kind, gated, self.count(x_TD.shape[0])))
         return out_TD.view(*x.shape[:-1], size)
 
-    def rotary(self, q_THE: Tensor, k_TKE: Tensor, table_2LF: Tensor, positions_T: Tensor) -> tuple[Tensor, Tensor]:
-        q_THE, k_TKE, positions_T = _heads(q_THE), _heads(k_TKE), positions_T.contiguous()
-        q_out, k_out = (self.empty(x.shape, x.dtype) for x in (q_THE, k_TKE))
-        op = program.heads(
-            q_THE, k_TKE, None, self.count(q_THE.shape[0]), table_2LF=table_2LF, positions_T=positions_T,
-            q_out_THE=q_out, k_out_TKE=k_out,
-        )  # fmt: skip
-        self.pool.run(op)
-        return q_out, k_out
-
-    def attention(
+    def heads(
         self,
         q_THE: Tensor,
         k_TKE: Tensor,
         v_TKE: Tensor,
+        kv: Tensor,
+        slots_T: Tensor,
+        positions_T: Tensor | None = None,
+        table_2LF: Tensor | None = None,
+        q_norm_E: Tensor | None = None,
+        k_norm_E: Tensor | None = None,
+        eps: float = 0.0,
+    ) -> Tensor:
+        if not _serves_cache(kv, q_THE):
+            return heads_reference.heads(
+                q_THE, k_TKE, v_TKE, kv, slots_T, positions_T, table_2LF, q_norm_E, k_norm_E, eps
+            )
+        q_THE, k_TKE, v_TKE = _heads(q_THE), _heads(k_TKE), _heads(v_TKE)
+        out_THE = self.empty(q_THE.shape, q_THE.dtype)
+        op = program.heads(
+            q_THE, k_TKE, v_TKE, self.count(q_THE.shape[0]), table_2LF=table_2LF,
+            positions_T=None if positions_T is None else positions_T.contiguous(), slots_T=slots_T.contiguous(), kv=kv,
+            q_out_THE=out_THE, q_norm_E=q_norm_E, k_norm_E=k_norm_E, eps=eps,
+        )  # fmt: skip
+        self.pool.run(op)
+        return out_THE
+
+    def attention(
+        self,
+        q_THE: Tensor,
         kv: Tensor,
         group: GroupMeta,
         meta: AttentionMeta,
@@ -146,20 +162,19 @@ class Kernels:
         softcap: float | None = None,
         slopes_H: Tensor | None = None,
     ) -> Tensor:
-        if kv.dtype not in (q_THE.dtype, torch.int8) or not kv[0].is_contiguous():
-            return reference.attention(q_THE, k_TKE, v_TKE, kv, group, meta, scale, window, softcap, slopes_H)
-        q_THE, k_TKE, v_TKE = _heads(q_THE), _heads(k_TKE), _heads(v_TKE)
+        if not _serves_cache(kv, q_THE):
+            return reference.attention(q_THE, kv, group, meta, scale, window, softcap, slopes_H)
+        q_THE = _heads(q_THE)
         out_THE = self.empty(q_THE.shape, q_THE.dtype)
         rows = meta.lengths_R.shape[0]
         if slopes_H is not None:
             slopes_H = slopes_H.float().contiguous()
-        slots_T, tables_RP = group.slots_T.contiguous(), _rows(group.block_tables_RP)
-        write = program.heads(None, k_TKE, v_TKE, self.count(k_TKE.shape[0]), slots_T=slots_T, kv=kv)
-        attend = program.attention(
+        tables_RP = _rows(group.block_tables_RP)
+        op = program.attention(
             q_THE, kv, tables_RP, meta.lengths_R, meta.cu_q, out_THE, self.count(rows), self.count(meta.num_decodes),
             scale, window, softcap, slopes_H,
         )  # fmt: skip
-        program.Program((write, attend)).run(self.pool)
+        self.pool.run(op)
         return out_THE
 
     def linear(self, x: Tensor, weight_NK: Tensor, bias_N: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:

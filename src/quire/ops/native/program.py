@@ -118,14 +118,6 @@ def norm(
     return make(op, TYPES[x_TD.dtype] | _small(tokens, size), pointers, ints, (eps,))
 
 
-def head_norm(x_THD: Tensor, weight_D: Tensor | None, out_THD: Tensor, eps: float, tokens: int) -> Operation:
-    """RMSNorm of each head."""
-    heads, size = x_THD.shape[1:]
-    ints = (tokens, size, stride(x_THD), 0, stride(out_THD), 0, heads, x_THD.stride(1), out_THD.stride(1))
-    flags = TYPES[x_THD.dtype] | _small(tokens, size * heads)
-    return make(RMS_NORM, flags, (x_THD, None, weight_D, out_THD), ints, (eps,))
-
-
 def activation(x_TD: Tensor, out_TD: Tensor, kind: str, gated: bool, tokens: int) -> Operation:
     """out = kind(x), `gated`: kind(first half) * second half."""
     size = out_TD.shape[1]

@@ -1,0 +1,100 @@
+"""What the Triton kernels share: launches that cost little, and programmatic dependent launch.
+
+Owns: `Kernel` and the device functions `wait` and `release`. Knows no ops.
+
+A kernel that is launched dependently (PDL) may begin while the one before it still runs. Up to `wait` it may read
+weights alone, which no kernel writes; `release` lets the next one begin. Every kernel here calls both, so that the
+order of all kernels before holds too: a kernel that did not wait would end before those in front of it.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton import knobs
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+INTERPRETED: bool = knobs.runtime.interpret
+
+# Triton's own launch takes some 20 us of Python, most of them to find what it compiled before. Its inner call is no
+# public interface, so that it is used only where it is known.
+_KNOWN = triton.__version__.startswith("3.6.")
+
+
+@cache
+def dependent() -> bool:
+    """Whether kernels are launched dependently: on Hopper and later."""
+    return not INTERPRETED and torch.cuda.get_device_capability()[0] >= 9
+
+
+class Kernel:
+    """A kernel in Triton. Its parameters: tensors, then integers that vary from call to call (in capitals; one compiled
+    kernel serves all their values), then constants, the last of which is `PDL`, added here."""
+
+    def __init__(self, function: Callable[..., None]) -> None:
+        parameters = inspect.signature(function).parameters.values()
+        plain = [p.name for p in parameters if p.annotation is inspect.Parameter.empty]
+        decorate: Any = triton.jit
+        self._jit = decorate(function, do_not_specialize=[name for name in plain if name.isupper()])
+        self._compiled: dict[Any, Any] = {}
+
+    def __call__(
+        self,
+        grid: tuple[int, int, int],
+        tensors: tuple[Tensor | None, ...],
+        sizes: tuple[int, ...] = (),
+        constants: tuple[Any, ...] = (),
+        warps: int = 4,
+        stages: int = 1,
+    ) -> None:
+        """Tensors of any alignment; sizes below 2^31."""
+        pointers = [None if x is None else x.data_ptr() for x in tensors]
+        bits = 0
+        for pointer in pointers:
+            bits |= pointer or 0
+        device = 0 if INTERPRETED else torch.cuda.current_device()
+        key = (constants, warps, stages, device, bits & 15, *[None if x is None else x.dtype for x in tensors])
+        compiled = self._compiled.get(key)
+        pdl = dependent()
+        if compiled is None:
+            compiled = self._jit[grid](
+                *tensors, *sizes, *constants, pdl, num_warps=warps, num_stages=stages, launch_pdl=pdl
+            )
+            if _KNOWN and not INTERPRETED and bits & 15 == 0:
+                self._compiled[key] = compiled
+            return
+        compiled.run(
+            *grid, torch._C._cuda_getCurrentRawStream(device), compiled.function, compiled.packed_metadata,
+            None, None, None, *pointers, *sizes, *constants, pdl,
+        )  # fmt: skip
+
+
+def ceil(size: int, block: int) -> int:
+    """Blocks that cover `size`."""
+    return -(-size // block)
+
+
+def power(size: int) -> int:
+    """The power of two that is no smaller."""
+    return 1 << (size - 1).bit_length()
+
+
+@triton.jit
+def wait(PDL: tl.constexpr):
+    """Until all that earlier kernels wrote can be read."""
+    if PDL:
+        gdc_wait()
+
+
+@triton.jit
+def release(PDL: tl.constexpr):
+    """The next kernel may begin, once all programs of this one have come here."""
+    if PDL:
+        gdc_launch_dependents()

@@ -1,0 +1,52 @@
+"""The seam for steps that were recorded once and are replayed: `Replay`, and what one gives.
+
+On a CPU these are programs of native calls (`replay.py`), on a GPU graphs (`graphs.py`).
+Shape legend: S sampled rows, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from quire.types.plan import Plan
+
+
+@dataclass(frozen=True, slots=True)
+class Replayed:
+    """What a replayed step gives; the next overwrites it. `rows_S`, `lengths_S` (int64, device): the sampled rows and
+    their tokens so far. `greedy`: the likeliest token of each and its logit, where they were found in passing."""
+
+    logits_SV: Tensor
+    rows_S: Tensor
+    lengths_S: Tensor
+    greedy: tuple[Tensor, Tensor] | None = None
+
+
+class Replay(Protocol):
+    def takes(self, plan: Plan) -> bool:
+        """Whether `run` can serve the plan; else it runs eagerly."""
+        ...
+
+    def carries(self, plan: Plan) -> bool:
+        """Whether `run` then brings the plan's changes of the table along."""
+        ...
+
+    def run(self, plan: Plan, carried: bool) -> Replayed:
+        """The forward of a plan whose changes were applied to the table, unless they are to be carried."""
+        ...
+
+
+class NoReplay:
+    """Every step runs eagerly."""
+
+    def takes(self, plan: Plan) -> bool:
+        return False
+
+    def carries(self, plan: Plan) -> bool:
+        return False
+
+    def run(self, plan: Plan, carried: bool) -> Replayed:
+        raise AssertionError("no step is recorded")
