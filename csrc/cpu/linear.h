@@ -140,12 +140,14 @@ template <class A, class B, class C, class X> void linear_rows(const qr_op& op, 
     alignas(64) float sums[2][LINEAR_TOKENS * LINEAR_ROWS];
     for (int64_t start = 0; start < tokens; start += LINEAR_TOKENS) {
         int64_t now = least(LINEAR_TOKENS, tokens - start), stride_x = op.i[3], skip = depth;
+        int64_t deep = now > 1 ? depth : most(size, 1);  // of one token whole rows, so that the weights are one stream
         auto* a = static_cast<const A*>(op.p[0]) + start * stride_x;
         const X* x = reinterpret_cast<const X*>(a);
         // Rows a power of two apart fall on the same few lines of the caches: copied apart, block by block along k.
         if (!__is_same(A, X) || (now > 4 && stride_x * int64_t(sizeof(X)) % 1024 == 0)) {
             int64_t stride = (least(size, depth) + W - 1) / W * W + pad;
             skip = now * stride;
+            deep = depth;
             auto* copy = static_cast<X*>(c.scratch(size_t(skip * ceil_div(size, depth)) * sizeof(X)));
             for (int64_t k0 = 0; k0 < size; k0 += depth)
                 for (int64_t m = 0; m < now; m++) {
@@ -165,8 +167,8 @@ template <class A, class B, class C, class X> void linear_rows(const qr_op& op, 
                 int64_t step = gated ? LINEAR_PAIRED : count;
                 for (int64_t n = 0; n < count; n += step)
                     for (int half = 0; half < (gated ? 2 : 1); half++)
-                        for (int64_t k = 0; k < size || k == 0; k += depth)
-                            tile(x + k / depth * skip, stride_x, now, least(depth, size - k),
+                        for (int64_t k = 0; k < size || k == 0; k += deep)
+                            tile(x + k / deep * skip, stride_x, now, least(deep, size - k),
                                  weights + (first + n + half * outputs) * stride_w + k, stride_w,
                                  least(step, count - n), sums[half] + n, k > 0);
                 for (int64_t m = 0; m < now; m++) {
