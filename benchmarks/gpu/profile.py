@@ -20,6 +20,7 @@ import torch
 from benchmarks.gpu import workloads
 
 from quire import LLM, SamplingParams
+from quire.sampling_params import RequestOutputKind
 
 
 def kernels(run: Any, steps: int, top: int = 16) -> None:
@@ -66,7 +67,13 @@ def main() -> None:
     engine = llm.llm_engine
 
     def add(seed: int, length: int, tokens: int) -> None:
-        params = SamplingParams(temperature=args.temperature, ignore_eos=True, max_tokens=tokens, detokenize=False)
+        params = SamplingParams(
+            temperature=args.temperature,
+            ignore_eos=True,
+            max_tokens=tokens,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
         for i, prompt in enumerate(workloads.fixed(1 if args.prefill else args.batch, length, seed)):
             engine.add_request(f"{seed}-{i}", {"prompt_token_ids": prompt}, params)
 

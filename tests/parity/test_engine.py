@@ -186,7 +186,7 @@ def swap_two_blocks(
     for group in step.attn.groups:
         tables = group.block_tables_RP.clone()
         if tables.shape[0] > 1 and tables.shape[1] > 1:
-            tables[[0, 1], 1] = tables[[1, 0], 1]
+            tables[:2, 1] = tables[:2, 1].flip(0)
         groups.append(dataclasses.replace(group, block_tables_RP=tables))
     meta = dataclasses.replace(step.attn, groups=tuple(groups))
     return forward(self, q, k, v, at, dataclasses.replace(step, attn=meta))

@@ -51,9 +51,9 @@ def run(**options: Any) -> tuple[list[Any], int]:
         replay, count = replay_of(llm), [0]
         plain = replay.run
 
-        def counted(plan: Any, carried: bool = False) -> Any:
+        def counted(*given: Any) -> Any:
             count[0] += 1
-            return plain(plan, carried)
+            return plain(*given)
 
         replay.run = counted
         common: dict[str, Any] = {"max_tokens": 20, "ignore_eos": True, "detokenize": False}

@@ -17,14 +17,15 @@ G rows of a group.
 
 from __future__ import annotations
 
+from enum import IntEnum
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from quire.ops import native, triton
 from quire.ops.dispatch import REGISTRY
-from quire.ops.native import register
 from quire.ops.philox import gumbel_at, gumbel_rows
 
 NEG_INF = float("-inf")
@@ -235,7 +236,117 @@ def sample(
 
 
 SAMPLE = REGISTRY.op("sample", sample)
-register(SAMPLE, "supports_sampling")
+native.register(SAMPLE, "supports_sampling")
+triton.register(SAMPLE, "sampling:sample", "untyped")
+
+
+# --- a step's draw, by tables on the device ---------------------------------------------------------------------------
+
+
+class Real(IntEnum):
+    """Columns of a table of float64 numbers, a line for each device row. Off: log of min_p -inf, top_p 1."""
+
+    TEMPERATURE = 0
+    LOG_MIN_P = 1
+    TOP_P = 2
+    REPETITION = 3
+    PRESENCE = 4
+    FREQUENCY = 5
+
+
+class Whole(IntEnum):
+    """Columns of a table of int64 numbers, a line for each device row. Off: top_k 0."""
+
+    SEED = 0
+    SAMPLE = 1
+    PROMPT_LENGTH = 2
+    TOP_K = 3
+    GREEDY = 4
+
+
+class Kind(IntEnum):
+    """What some row of a draw may ask for; each includes those before it."""
+
+    GREEDY = 0
+    NOISE = 1
+    TOP_K = 2  # or min_p
+    TOP_P = 3
+
+
+class Out(NamedTuple):
+    """Where the draws go, all contiguous on the device; None: not wanted.
+
+    tokens: int64 (S,). top: float32 (S,), the largest (scaled) logit. low: float32 (S,), the threshold (-inf: none).
+    packed: int32 (S, 2), for the host: the token, and 0, or 1 if the row has NaN, or 2 if every token is masked. last,
+    length: int64 (X,), written at the sampled rows: the token and its index.
+    """
+
+    tokens_S: Tensor
+    top_S: Tensor
+    low_S: Tensor | None = None
+    packed_S2: Tensor | None = None
+    last_X: Tensor | None = None
+    length_X: Tensor | None = None
+
+    @staticmethod
+    def new(rows: int, device: torch.device, low: bool = False) -> Out:
+        tokens_S = torch.empty(rows, dtype=torch.int64, device=device)
+        top_S, low_S = (torch.empty(rows, device=device) for _ in range(2))
+        return Out(tokens_S, top_S, low_S if low else None)
+
+
+def draw_step(
+    logits_SV: Tensor,
+    rows_S: Tensor,
+    positions_S: Tensor,
+    reals_XC: Tensor,
+    wholes_XC: Tensor,
+    out: Out,
+    kind: Kind,
+) -> None:
+    """A step's draw, by parameters that are on the device; what it does depends on no value there, so that a graph can
+    hold it.
+
+    logits: (S, V) as the model leaves them, not changed. rows: integers (S,), each row's line in the tables; a padding
+    row (not less than their length) is not drawn. positions: integers (S,), the index of the token to draw. reals,
+    wholes: see `Real` and `Whole`. kind: what some row may ask for.
+    """
+    live_S = rows_S < reals_XC.shape[0]
+    lines_S = torch.where(live_S, rows_S, 0).long()
+    if kind is Kind.GREEDY:
+        tokens_S, top_S = draw_greedy(logits_SV.float())
+        low_S = None
+    else:
+        reals_SC, wholes_SC = reals_XC[lines_S], wholes_XC[lines_S]
+        noise = Noise(wholes_SC[:, Whole.SEED], wholes_SC[:, Whole.SAMPLE], positions_S.long())
+        tokens_S, top_S, low_S = sample(
+            logits_SV.to(torch.float32, copy=True),
+            reals_SC[:, Real.TEMPERATURE].float(),
+            reals_SC[:, Real.LOG_MIN_P].float(),
+            wholes_SC[:, Whole.TOP_K],
+            reals_SC[:, Real.TOP_P],
+            wholes_SC[:, Whole.GREEDY] != 0,
+            noise,
+            logits_SV.shape[1] if kind >= Kind.TOP_K else 0,
+            kind is Kind.TOP_P,
+            static=True,
+        )
+    out.tokens_S.copy_(torch.where(live_S, tokens_S, 0))
+    out.top_S.copy_(top_S)
+    if out.low_S is not None and low_S is not None:
+        out.low_S.copy_(low_S)
+    if out.packed_S2 is not None:
+        flag_S = torch.where(top_S.isnan(), 1, torch.where(top_S == NEG_INF, 2, 0))
+        out.packed_S2.copy_(torch.stack((out.tokens_S, flag_S), 1))
+    for table_X, value_S in ((out.last_X, tokens_S), (out.length_X, positions_S)):
+        if table_X is not None:
+            index_S = torch.where(live_S, rows_S, table_X.shape[0] - 1).long()
+            kept_S = table_X[index_S]
+            table_X[index_S] = torch.where(live_S, value_S.to(table_X.dtype), kept_S)
+
+
+DRAW_STEP = REGISTRY.op("draw_step", draw_step)
+triton.register(DRAW_STEP, "sampling:draw_step", "untyped")
 
 
 # --- logprobs --------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ that the host can plan on meanwhile.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from quire.models.base import CausalLM
+from quire.ops.sampling import Kind, Out
 from quire.runner import batch as batches
 from quire.runner.batch import Batch
 from quire.runner.kv_store import KVStore
@@ -42,7 +44,7 @@ class Pending:
 
 
 class ModelRunner:
-    """`depth`: how many plans may be in flight."""
+    """`depth`: how many plans may be in flight. `draw_step`: the op of that name, where draws are to be made by it."""
 
     def __init__(
         self,
@@ -53,6 +55,7 @@ class ModelRunner:
         replay: Replay,
         device: torch.device,
         depth: int,
+        draw_step: Callable[..., None] | None = None,
     ) -> None:
         self._model = model
         self._store = store
@@ -60,6 +63,7 @@ class ModelRunner:
         self._sampler = sampler
         self._upload = make_upload(device, depth)
         self._replay = replay
+        self._draw_step = draw_step
         # A GPU reads logits as they come; a CPU's linear layers give float32 at no cost.
         self._logits = None if device.type == "cuda" else torch.float32
 
@@ -70,14 +74,14 @@ class ModelRunner:
         replayed = self._replay.takes(plan) and not self._wants_prompt_logprobs(plan)
         carried = replayed and self._replay.carries(plan)
         if carried:
-            table.retire(plan)
+            table.enter(plan)
         else:
             table.stage(plan, upload)
             if not replayed:
                 batches.stage(plan, upload)
             upload.send()
             table.apply(plan, upload)
-        self._store.move(plan.swap_out, plan.swap_in, plan.copies)
+        self._store.move(plan)
         if not len(plan.rows):
             return Pending(plan.number, None, ())
         if replayed:
@@ -97,7 +101,7 @@ class ModelRunner:
     def _sample_replayed(self, plan: Plan, done: Replayed) -> Sampled | None:
         if not len(plan.sample_rows):
             return None
-        return self._draw(plan, done.logits_SV, done.rows_S, done.lengths_S, done.greedy)
+        return self._draw(plan, done.logits_SV, done.rows_S, done.lengths_S, done.greedy, done.draw)
 
     def _draw(
         self,
@@ -106,16 +110,34 @@ class ModelRunner:
         rows_S: Tensor,
         lengths_S: Tensor,
         greedy: tuple[Tensor, Tensor] | None = None,
+        replay: Callable[[Kind], Out] | None = None,
     ) -> Sampled:
-        table, rows = self._table, plan.sample_rows
-        if greedy is not None and not table.sampling.needs[rows].any():
+        """`greedy`, `replay`: see `Replayed`."""
+        table, rows, state = self._table, plan.sample_rows, self._table.sampling
+        kind = state.kind(rows) if self._draw_step is not None else None
+        if kind is not None:
+            state.update()
+            out = self._draw_now(logits_SV, rows_S, lengths_S, kind) if replay is None else replay(kind)
+            sampled = self._sampler.drawn(out)
+            state.append(rows, sampled.tokens_S)
+            return sampled
+        if greedy is not None and not state.needs[rows].any():
             sampled = self._sampler.greedy(*greedy)
         else:
-            sampled = self._sampler(logits_SV, rows, lengths_S, table.sampling, rows_S)
-        table.sampling.append(rows, sampled.tokens_S)
-        table.sampling.grammars.advance(rows, sampled.tokens)
+            sampled = self._sampler(logits_SV, rows, lengths_S.long(), state, rows_S)
+        state.append(rows, sampled.tokens_S)
+        state.grammars.advance(rows, sampled.tokens)
         table.draw(rows, rows_S, sampled.tokens_S, lengths_S)
         return sampled
+
+    def _draw_now(self, logits_SV: Tensor, rows_S: Tensor, lengths_S: Tensor, kind: Kind) -> Out:
+        assert self._draw_step is not None
+        count, state, table = len(rows_S), self._table.sampling, self._table
+        packed_S2 = torch.empty((count, 2), dtype=torch.int32, device=logits_SV.device)
+        out = Out.new(count, logits_SV.device)
+        out = out._replace(packed_S2=packed_S2, last_X=table.last_R, length_X=table.length_R)
+        self._draw_step(logits_SV, rows_S, lengths_S, state.reals_RC, state.wholes_RC, out, kind)
+        return out
 
     def _wants_prompt_logprobs(self, plan: Plan) -> bool:
         if not len(plan.tokens):

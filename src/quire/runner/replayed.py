@@ -6,23 +6,27 @@ Shape legend: S sampled rows, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
 
+from quire.ops.sampling import Kind, Out
 from quire.types.plan import Plan
 
 
 @dataclass(frozen=True, slots=True)
 class Replayed:
-    """What a replayed step gives; the next overwrites it. `rows_S`, `lengths_S` (int64, device): the sampled rows and
-    their tokens so far. `greedy`: the likeliest token of each and its logit, where they were found in passing."""
+    """What a replayed step gives; the next overwrites it. `rows_S` (int64), `lengths_S` (integers), both on the device:
+    the sampled rows and their tokens so far. `greedy`: the likeliest token of each and its logit, where they were found
+    in passing. `draw`: replays a draw from the logits, where that is recorded too."""
 
     logits_SV: Tensor
     rows_S: Tensor
     lengths_S: Tensor
     greedy: tuple[Tensor, Tensor] | None = None
+    draw: Callable[[Kind], Out] | None = None
 
 
 class Replay(Protocol):

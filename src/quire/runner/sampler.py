@@ -27,6 +27,7 @@ from torch import Tensor
 from quire.ops.sampling import (
     NEG_INF,
     Noise,
+    Out,
     add_edits,
     allowed_bits,
     draw_greedy,
@@ -36,7 +37,7 @@ from quire.ops.sampling import (
     token_logprobs,
 )
 from quire.runner.grammars import Compilers
-from quire.runner.logits import LogitsProcessor, one_line
+from quire.runner.processors import LogitsProcessor, one_line
 from quire.runner.sampling_state import Needs, Real, SamplingState, Whole, to_device
 from quire.types.errors import ClientError
 from quire.types.plan import Ints, PromptLogprobs, TokenLogprobs, ints
@@ -74,7 +75,7 @@ class Sampled:
 
     tokens_S: Tensor
     failed: list[tuple[int, str]]
-    _host: Tensor  # float64 (S, 2): token, largest logit
+    _host: Tensor  # float64 (S, 2): token, largest logit; or int32 (S, 2): token, 0 or 1 (NaN) or 2 (all masked)
     _lines: list[_Lines] = field(default_factory=list)
     _event: torch.cuda.Event | None = None
 
@@ -89,8 +90,10 @@ class Sampled:
             self._event.synchronize()
         drawn = self._host.numpy()
         failed = dict(self.failed)
-        for s in np.flatnonzero(~(drawn[:, 1] > NEG_INF)).tolist():
-            why = "the model's logits are NaN" if np.isnan(drawn[s, 1]) else "every token is masked"
+        packed = drawn.dtype == np.int32
+        for s in np.flatnonzero(drawn[:, 1] if packed else ~(drawn[:, 1] > NEG_INF)).tolist():
+            nan = drawn[s, 1] == 1 if packed else np.isnan(drawn[s, 1])
+            why = "the model's logits are NaN" if nan else "every token is masked"
             failed.setdefault(s, f"{why}: no token can be drawn")
         tokens = ints(drawn[:, :1])
         return Finished(
@@ -213,6 +216,11 @@ class Sampler:
         """A draw that was made already, by an argmax (on the host)."""
         return self._sampled(tokens_S, top_S, [], [])
 
+    def drawn(self, out: Out) -> Sampled:
+        """A draw that the op `draw_step` made; starts the copy to the host."""
+        assert out.packed_S2 is not None
+        return self._to_host(out.tokens_S, out.packed_S2, [], [])
+
     def prompt_logprobs(self, logits_LV: Tensor, row: int, start: int, state: SamplingState) -> PromptLogprobs:
         """Logprobs of the prompt tokens at indices start .. start+L-1 of `row`; `logits_LV[i]` (float32) predicts token
         start + i. They are raw whatever the mode: prompt tokens were not drawn. Waits for the device."""
@@ -239,7 +247,9 @@ class Sampler:
 
     def _sampled(self, tokens_S: Tensor, top_S: Tensor, failed: list[tuple[int, str]], lines: list[_Lines]) -> Sampled:
         """Starts the copies to the host."""
-        packed = torch.stack((tokens_S.double(), top_S.double()), 1)
+        return self._to_host(tokens_S, torch.stack((tokens_S.double(), top_S.double()), 1), failed, lines)
+
+    def _to_host(self, tokens_S: Tensor, packed: Tensor, failed: list[tuple[int, str]], lines: list[_Lines]) -> Sampled:
         if self.device.type == "cpu":
             return Sampled(tokens_S, failed, packed, lines)
         packed = packed.to("cpu", non_blocking=True)

@@ -12,7 +12,7 @@ Shape legend: R device rows, S sampled rows, G rows of a group, V vocabulary, L 
 
 from __future__ import annotations
 
-from enum import IntEnum, IntFlag, auto
+from enum import IntFlag, auto
 from typing import NoReturn
 
 import numpy as np
@@ -20,9 +20,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from quire.ops.sampling import IN_PROMPT, NEG_INF
+from quire.ops.sampling import IN_PROMPT, NEG_INF, Kind, Real, Whole
 from quire.runner.grammars import Compilers, GrammarRows
-from quire.runner.logits import EngineProcessors, LogitsProcessor, RequestProcessors
+from quire.runner.logits import EngineProcessors, RequestProcessors
+from quire.runner.processors import LogitsProcessor
+from quire.runner.upload import Pinned
 from quire.types.params import SamplingParams
 from quire.types.plan import Ints, NewRow
 
@@ -39,33 +41,14 @@ class Needs(IntFlag):
     PROCESSORS = auto()  # host-side code
     GRAMMAR = auto()  # structured_outputs
     NOISE = auto()  # not greedy
+    MIN_P = auto()
     TOP_K = auto()
     TOP_P = auto()
     LOGPROBS = auto()
     HISTORY = auto()  # tokens are recorded as they are drawn
 
+    DRAW = NOISE | MIN_P | TOP_K | TOP_P
     CHANGES = EDITS | ALLOWED | WORDS | PENALTIES | PROCESSORS | GRAMMAR
-
-
-class Real(IntEnum):
-    """Columns of the float64 table."""
-
-    TEMPERATURE = 0
-    LOG_MIN_P = 1
-    TOP_P = 2
-    REPETITION = 3
-    PRESENCE = 4
-    FREQUENCY = 5
-
-
-class Whole(IntEnum):
-    """Columns of the int64 table."""
-
-    SEED = 0
-    SAMPLE = 1
-    PROMPT_LENGTH = 2
-    TOP_K = 3
-    GREEDY = 4
 
 
 def to_device(values: NDArray[np.generic], device: torch.device) -> Tensor:
@@ -178,9 +161,17 @@ class SamplingState:
         self._request_processors: list[RequestProcessors | None] = [None] * max_rows
         self._host_reals = torch.zeros((max_rows, len(Real)), dtype=torch.float64)
         self._host_wholes = torch.zeros((max_rows, len(Whole)), dtype=torch.int64)
-        on_cpu = device.type == "cpu"  # then the host's tables are the device's
-        self._reals = self._host_reals if on_cpu else self._host_reals.to(device)
-        self._wholes = self._host_wholes if on_cpu else self._host_wholes.to(device)
+        self.reals_RC, self.wholes_RC = (
+            self._host_reals,
+            self._host_wholes,
+        )  # on a CPU the host's tables are the device's
+        self._numbers: Tensor | None = None
+        if device.type != "cpu":
+            reals = 2 * self._host_reals.numel()
+            self._numbers = torch.zeros(reals + 2 * self._host_wholes.numel(), dtype=torch.int32, device=device)
+            self._pinned = Pinned(self._numbers.numel(), 3, device)
+            self.reals_RC = self._numbers[:reals].view(torch.float64).view(self._host_reals.shape)
+            self.wholes_RC = self._numbers[reals:].view(torch.int64).view(self._host_wholes.shape)
         self._dirty = False
         self.edit_ids = LineTable(device, torch.int64, 0)
         self.edit_values = LineTable(device, torch.float32, 0.0)
@@ -269,12 +260,28 @@ class SamplingState:
 
     def numbers(self, rows_S: Tensor) -> tuple[Tensor, Tensor]:
         """(S, len(Real)) float64 and (S, len(Whole)) int64 of the rows; `rows_S` int64 on the device."""
-        if self._dirty and self._reals is not self._host_reals:
-            # pinned copies: the host's tables may change again before the device has read them
-            self._reals.copy_(self._host_reals.pin_memory(), non_blocking=True)
-            self._wholes.copy_(self._host_wholes.pin_memory(), non_blocking=True)
+        self.update()
+        return self.reals_RC.index_select(0, rows_S), self.wholes_RC.index_select(0, rows_S)
+
+    def update(self) -> None:
+        """Bring `reals_RC` and `wholes_RC` on the device up to date."""
+        if self._dirty and self._numbers is not None:
+            host, split = self._pinned.next(), 2 * self._host_reals.numel()
+            host[:split] = self._host_reals.numpy().reshape(-1).view(np.int32)
+            host[split:] = self._host_wholes.numpy().reshape(-1).view(np.int32)
+            self._pinned.send(self._numbers)
         self._dirty = False
-        return self._reals.index_select(0, rows_S), self._wholes.index_select(0, rows_S)
+
+    def kind(self, rows: Ints) -> Kind | None:
+        """What a draw of these rows takes; None if it is more than a draw."""
+        union = int(np.bitwise_or.reduce(self.needs[rows], initial=0))
+        if union & ~(Needs.DRAW | Needs.HISTORY):
+            return None
+        if union & Needs.TOP_P:
+            return Kind.TOP_P
+        if union & (Needs.TOP_K | Needs.MIN_P):
+            return Kind.TOP_K
+        return Kind.NOISE if union & Needs.NOISE else Kind.GREEDY
 
     def tail(self, rows: list[int], position_G: Tensor, prompt_length_G: Tensor, length: int) -> Tensor:
         """(G, length) the last drawn tokens before `position`, back to front, -2 where the output has not begun."""
@@ -323,7 +330,7 @@ class SamplingState:
         self._host_wholes[new.row] = torch.tensor(wholes, dtype=torch.int64)
         self.top_k[new.row] = top_k
         self._dirty = True
-        needs = Needs(0) if greedy else Needs.NOISE
+        needs = Needs(0) if greedy else Needs.NOISE | (Needs.MIN_P if min_p else 0)
         return needs | (Needs.TOP_K if top_k else 0) | (Needs.TOP_P if top_p < 1.0 else 0)
 
     def _put_edits(self, new: NewRow) -> Needs:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from quire.runner.sampler import Sampler
+from quire.runner.sampling_state import to_device
 from quire.runner.upload import Upload
 from quire.types.plan import Ints, Plan
 
@@ -41,28 +42,35 @@ class RequestTable:
 
     def apply(self, plan: Plan, upload: Upload) -> None:
         """After the copy was sent: change the rows."""
-        self.retire(plan)
-        for row in plan.new_rows:
-            self.sampling.add(row)
-            self.prompt_length[row.row] = row.prompt_length
+        self.enter(plan)
         if plan.new_rows:
             new = upload["new"]
             self.offset_R[new[:, 0]] = new[:, 1]
         if len(plan.forks):
-            self.sampling.fork(plan.forks)
-            self.prompt_length[plan.forks[:, 1]] = self.prompt_length[plan.forks[:, 0]]
-            source, target = upload["forks"][0], upload["forks"][1]
-            for tensor in (self.last_R, self.length_R, self.offset_R, *self.pages_RP):
-                tensor[target] = tensor[source]
+            self._copy(upload["forks"][0], upload["forks"][1])
         for g, delta in enumerate(plan.tables):
             if len(delta.rows):
                 rows, index, blocks = upload[f"table{g}"]
                 self.pages_RP[g][rows, index] = blocks.to(torch.int32)
 
-    def retire(self, plan: Plan) -> None:
-        """All that is to be done for a plan that changes no other row but by new pages that the step brings along."""
+    def enter(self, plan: Plan) -> None:
+        """The host's part of it: rows that go and rows that come."""
         if len(plan.retired):
             self.sampling.retire(plan.retired)
+        for row in plan.new_rows:
+            self.sampling.add(row)
+            self.prompt_length[row.row] = row.prompt_length
+        if len(plan.forks):
+            self.sampling.fork(plan.forks)
+            self.prompt_length[plan.forks[:, 1]] = self.prompt_length[plan.forks[:, 0]]
+
+    def fork(self, forks: Ints) -> None:
+        """Copy rows on the device, as the pairs stand."""
+        self._copy(*(to_device(column.astype(np.int64), self.last_R.device) for column in (forks[:, 0], forks[:, 1])))
+
+    def _copy(self, source: Tensor, target: Tensor) -> None:
+        for tensor in (self.last_R, self.length_R, self.offset_R, *self.pages_RP):
+            tensor[target] = tensor[source]
 
     def draw(self, rows: Ints, rows_S: Tensor, tokens_S: Tensor, lengths_S: Tensor) -> None:
         """The tokens that `rows` (`rows_S` on the device) drew at these lengths."""
@@ -71,4 +79,4 @@ class RequestTable:
             self.length_R.numpy()[rows] = lengths_S.numpy()
         else:
             self.last_R[rows_S] = tokens_S
-            self.length_R[rows_S] = lengths_S
+            self.length_R[rows_S] = lengths_S.long()

@@ -93,17 +93,19 @@ class Pinned:
     """`buffers` host buffers of `size` int32 numbers that take turns."""
 
     def __init__(self, size: int, buffers: int, device: torch.device) -> None:
-        pin = device.type == "cuda"
+        self._pin = pin = device.type == "cuda"
         self._ring = [torch.zeros(size, dtype=torch.int32, pin_memory=pin) for _ in range(buffers)]
         self._read = [torch.cuda.Event() for _ in range(buffers)] if pin else []
         self._turn = -1
 
-    def next(self) -> NDArray[np.int32]:
-        """The buffer to fill; waits until the device has read what it held."""
-        self._turn = (self._turn + 1) % len(self._ring)
+    def next(self, least: int = 0) -> NDArray[np.int32]:
+        """The buffer to fill, of `least` numbers at least; waits until the device has read what it held."""
+        turn = self._turn = (self._turn + 1) % len(self._ring)
         if self._read:
-            self._read[self._turn].synchronize()
-        return self._ring[self._turn].numpy()
+            self._read[turn].synchronize()
+        if self._ring[turn].numel() < least:
+            self._ring[turn] = torch.zeros(2 * least, dtype=torch.int32, pin_memory=self._pin)
+        return self._ring[turn].numpy()
 
     def send(self, target: Tensor) -> None:
         """Start the copy of its first numbers into `target` (int32, contiguous)."""

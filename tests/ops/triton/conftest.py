@@ -10,6 +10,7 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
+    import triton.language as tl
     from triton.runtime import interpreter
 
     plain: Any = interpreter._patch_lang_tensor
@@ -20,6 +21,16 @@ if not torch.cuda.is_available():
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
     interpreter._patch_lang_tensor = patched
+
+    dot: Any = interpreter.InterpreterBuilder.create_dot
+
+    def create_dot(self: Any, a: Any, b: Any, *args: Any) -> Any:
+        """bfloat16 is kept as integers, which the interpreter would multiply."""
+        return dot(
+            self, *(self.cast_impl(x, tl.float32) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b)), *args
+        )
+
+    interpreter.InterpreterBuilder.create_dot = create_dot
 
 
 @pytest.fixture

@@ -32,7 +32,7 @@ class AttentionMeta:
     step's writes (0 for a padding row); the truth about what may be read.
 
     `q_lens`, `kv_lens`: host copies of the counts and upper bounds of `lengths_R` (None: `max_len` bounds them); both
-    None under a captured graph, where every row is a decode. `max_q`, `max_len`: host upper bounds (max_len: a multiple
+    None under a captured graph. `max_q`, `max_len`: host upper bounds (max_len: a multiple
     of B, bounds the columns to read).
     `num_decodes`: the first so many rows have exactly one token (rows are sorted so).
     `scratch`: what an implementation makes once for this step and shares among the layers, by its own keys.

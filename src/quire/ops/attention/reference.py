@@ -43,11 +43,12 @@ def attention(
     for at in range(0, n, width):
         rows = slice(at, min(n, at + width))
         out_THE[rows] = _decodes(q_THE[rows], kv, group, meta, rows, rule)
-    if meta.q_lens is None:
+    if n == meta.lengths_R.shape[0]:
         return out_THE
+    q_lens = meta.cu_q.diff().tolist() if meta.q_lens is None else meta.q_lens
     start = n
-    for row in range(n, len(meta.q_lens)):
-        stop = start + meta.q_lens[row]
+    for row in range(n, len(q_lens)):
+        stop = start + q_lens[row]
         if stop > start:
             out_THE[start:stop] = _row(q_THE[start:stop], kv, group, meta, row, rule)
         start = stop

@@ -1,0 +1,176 @@
+"""Attention over pages, Triton against the reference: decodes, chunks of prompts and both in one step."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from quire.ops.attention import AttentionMeta, GroupMeta, attention
+
+PRECISION = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+
+
+@dataclass
+class World:
+    """Rows of (length, count of queries) over shuffled pages. What no query may see is nan; so is, in the tables'
+    unused columns, all of page 0."""
+
+    rows: list[tuple[int, int]]
+    heads: int = 8
+    kv_heads: int = 2
+    size: int = 16
+    block: int = 16
+    window: int | None = None
+    dtype: torch.dtype = torch.float32
+    kv_dtype: torch.dtype | None = None
+    seed: int = 0
+    q: Tensor = field(init=False)
+    kv: Tensor = field(init=False)
+    group: GroupMeta = field(init=False)
+
+    def __post_init__(self) -> None:
+        draw = torch.Generator().manual_seed(self.seed)
+        used = [-(-length // self.block) for length, _ in self.rows]
+        self.width = max(max(used), 1) + 1
+        pages = list(range(1, sum(used) + 1))
+        random.Random(self.seed).shuffle(pages)
+        kv = torch.full((2, len(pages) + 1, self.block, self.kv_heads, self.size), torch.nan)
+        tables = torch.zeros((len(self.rows), self.width), dtype=torch.int32)
+        for row, (length, count) in enumerate(self.rows):
+            own = [pages.pop() for _ in range(used[row])]
+            tables[row, : len(own)] = torch.tensor(own, dtype=torch.int32)
+            first = 0 if self.window is None else max(0, length - count - self.window + 1)
+            j = torch.arange(first, length)
+            where = tables[row, j // self.block].long() * self.block + j % self.block
+            kv.view(2, -1, self.kv_heads, self.size)[:, where] = torch.randn(
+                (2, length - first, self.kv_heads, self.size), generator=draw
+            )
+        self.kv = kv.to(self.kv_dtype or self.dtype)
+        total = sum(count for _, count in self.rows)
+        # As heads leaves it or as a view of one wider matrix.
+        wide = torch.randn((total, self.heads + 2 * self.kv_heads, self.size), generator=draw)
+        self.q = wide.to(self.dtype)[:, : self.heads]
+        self.group = GroupMeta(tables, torch.empty(0, dtype=torch.int64))
+
+    def meta(self, device: torch.device, captured: bool = False) -> AttentionMeta:
+        counts = [count for _, count in self.rows]
+        cu_q = torch.tensor([0, *torch.tensor(counts).cumsum(0).tolist()], dtype=torch.int32)
+        lengths = torch.tensor([length for length, _ in self.rows], dtype=torch.int32)
+        decodes = next((i for i, count in enumerate(counts) if count != 1), len(counts))
+        return AttentionMeta(
+            cu_q.to(device), lengths.to(device), None if captured else counts, max(counts), self.width * self.block,
+            decodes, (self.group,), None if captured else lengths.tolist(),
+        )  # fmt: skip
+
+    def reference(self, scale: float = 0.3, **rule: Any) -> Tensor:
+        return attention(
+            self.q.float(), self.kv, self.group, self.meta(torch.device("cpu")), scale, self.window, **rule
+        )
+
+    def kernel(self, device: torch.device, scale: float = 0.3, captured: bool = False, **rule: Any) -> Tensor:
+        from quire.ops.triton.attention import attention as kernel
+
+        group = GroupMeta(self.group.block_tables_RP.to(device), self.group.slots_T)
+        meta = self.meta(device, captured)
+        if isinstance(slopes := rule.get("slopes_H"), Tensor):
+            rule["slopes_H"] = slopes.to(device)
+        q, kv = self.q.to(device), self.kv.to(device)
+        if q.device.type == "cuda":  # a copy is contiguous
+            q = torch.cat([q, q], 1)[:, : self.heads]
+        out = [kernel(q, kv, group, meta, scale, self.window, **rule) for _ in range(2)]
+        assert torch.equal(out[0], out[1]), "the second layer of a step"
+        assert out[0].dtype == self.dtype
+        return out[0].cpu()
+
+    def check(self, device: torch.device, captured: bool = False, **rule: Any) -> None:
+        expected, got = self.reference(**rule), self.kernel(device, captured=captured, **rule)
+        bound = PRECISION[self.dtype if self.kv_dtype is None else self.kv_dtype]
+        assert torch.allclose(got.float(), expected, atol=bound, rtol=bound), (got.float() - expected).abs().max()
+
+
+DECODES = [(1, 1), (0, 1), (64, 1), (65, 1), (300, 1), (129, 1)]
+MIXED = [(5, 1), (0, 1), (200, 1), (3, 3), (70, 2), (40, 40), (150, 33), (129, 64), (33, 1)]
+RULES: list[dict[str, Any]] = [
+    {},
+    {"scale": 2.0, "softcap": 1.5},
+    {"slopes_H": torch.tensor([0.5, 0.25, 0.1, 0.05, 0.3, 0.7, 0.02, 0.9])},
+    {"softcap": 3.0, "slopes_H": torch.tensor([0.5, 0.25, 0.1, 0.05, 0.3, 0.7, 0.02, 0.9])},
+]
+
+
+@pytest.mark.parametrize("rows", [DECODES, MIXED], ids=["decodes", "mixed"])
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("window", [None, 1, 50])
+def test_rules(device: torch.device, rows: list[tuple[int, int]], rule: dict[str, Any], window: int | None) -> None:
+    World(rows, window=window).check(device, **rule)
+
+
+@pytest.mark.parametrize("rows", [DECODES, MIXED], ids=["decodes", "mixed"])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"heads": 8, "kv_heads": 8, "size": 8},
+        {"heads": 8, "kv_heads": 1, "size": 80, "block": 32},
+        {"heads": 6, "kv_heads": 2, "size": 64, "block": 24},
+        {"heads": 20, "kv_heads": 1, "size": 16, "block": 1},
+        {"heads": 2, "kv_heads": 2, "size": 256},
+    ],
+    ids=str,
+)
+def test_shapes(device: torch.device, rows: list[tuple[int, int]], shape: dict[str, int]) -> None:
+    World(rows, **shape).check(device)
+
+
+@pytest.mark.parametrize("kv_dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_types(device: torch.device, dtype: torch.dtype, kv_dtype: torch.dtype) -> None:
+    world = World(MIXED, dtype=dtype, kv_dtype=kv_dtype, size=32)
+    expected, got = world.reference(), world.kernel(device)
+    bound = max(PRECISION[dtype], PRECISION[kv_dtype]) if dtype == kv_dtype else PRECISION[dtype]
+    assert torch.allclose(got.float(), expected, atol=bound, rtol=bound)
+
+
+@pytest.mark.parametrize("rows", [DECODES, MIXED], ids=["decodes", "mixed"])
+@pytest.mark.parametrize("window", [None, 50])
+def test_where_only_the_device_knows_the_counts(
+    device: torch.device, rows: list[tuple[int, int]], window: int | None
+) -> None:
+    World(rows, window=window).check(device, captured=True)
+
+
+def test_long_rows_are_cut_and_put_together(device: torch.device) -> None:
+    World([(5000, 1), (4999, 3)], heads=2, kv_heads=1).check(device)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_bits_of_a_row_do_not_depend_on_its_batch(device: torch.device, dtype: torch.dtype) -> None:
+    """Alone a row is cut into segments that several programs compute; among many it is one program's."""
+    lengths = [700, 131, 64, 1500, 257, 1]
+    others = [(random.Random(1).randrange(1, 300), 1) for _ in range(58)]
+    batch = World([(length, 1) for length in lengths] + others, dtype=dtype)
+    together = batch.kernel(device)
+    for row, length in enumerate(lengths):
+        alone = World([(length, 1)], dtype=dtype)
+        alone.kv, alone.q = batch.kv, batch.q[row : row + 1]
+        alone.group = GroupMeta(batch.group.block_tables_RP[row : row + 1], batch.group.slots_T)
+        assert torch.equal(alone.kernel(device), together[row : row + 1])
+
+
+@pytest.mark.parametrize("window", [None, 50])
+@pytest.mark.parametrize("cuts", [[48], [64, 100], [17, 31, 90]], ids=str)
+def test_the_bits_of_a_prompt_do_not_depend_on_its_chunks(
+    device: torch.device, window: int | None, cuts: list[int]
+) -> None:
+    whole = World([(150, 150)], window=window)
+    expected = whole.kernel(device)
+    edges = [0, *cuts, 150]
+    for start, stop in pairwise(edges):
+        chunk = World([(stop, stop - start)], window=window)
+        chunk.kv, chunk.q, chunk.group, chunk.width = whole.kv, whole.q[start:stop], whole.group, whole.width
+        assert torch.equal(chunk.kernel(device), expected[start:stop])
