@@ -142,6 +142,7 @@ def life() -> None:
     params = SamplingParams(temperature=0.0, max_tokens=30, ignore_eos=True, detokenize=False)
 
     def run(llm: LLM) -> list[list[int]]:
+        llm.reset_prefix_cache()  # what is found there was rounded elsewhere
         return [list(o.outputs[0].token_ids) for o in llm.generate(prompts, params, use_tqdm=False)]
 
     before = torch.cuda.memory_allocated()
@@ -151,7 +152,8 @@ def life() -> None:
             tell("two engines in one process", run(two) == alone == run(one), "same tokens")
     torch.cuda.empty_cache()
     left = torch.cuda.memory_allocated() - before
-    tell("memory given back", left < 64 << 20, f"{left / 2**20:.0f} MiB are left")
+    # cuBLAS keeps a workspace of 32 MiB for each stream it ran on, for whoever comes next
+    tell("memory given back", left <= 96 << 20, f"{left / 2**20:.0f} MiB are left")
     program = (
         "import sys; from quire import LLM\n"
         f"llm = LLM({str(folder)!r}, load_format='dummy', skip_tokenizer_init=True, max_model_len=2048)\n"

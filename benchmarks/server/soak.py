@@ -110,7 +110,7 @@ async def client(url: str, lots: random.Random, until: float, ends: Counter[str]
     while time.monotonic() < until:
         bad, leaves = lots.random() < BAD, lots.random() < LEAVE
         path, body = request(lots, bad)
-        if lots.random() < 0.2:
+        if not leaves and lots.random() < 0.2:
             ends[await asyncio.to_thread(whole, f"{url}{path}", {**body, "stream": False}, bad)] += 1
         else:
             ends[await one(remote, path, body, bad, leaves)] += 1

@@ -42,12 +42,12 @@ class LLM:
 
     def __init__(self, model: str = "demo", *, disable_log_stats: bool = True, **engine_args: Any) -> None:
         args = EngineArgs(model=model, disable_log_stats=disable_log_stats, **engine_args)
-        setup_logging(args.log_level)
+        setup_logging(args.log_level, args.log_format)
         self._use(LLMEngine(resolve(args)))
 
     @classmethod
     def from_engine_args(cls, engine_args: EngineArgs) -> LLM:
-        setup_logging(engine_args.log_level)
+        setup_logging(engine_args.log_level, engine_args.log_format)
         return cls.from_engine(LLMEngine(resolve(engine_args)))
 
     @classmethod
@@ -346,7 +346,7 @@ _POOLING = "it generates text only, and has no pooling models"
 _NOT_HERE = {  # methods of vLLM's LLM
     **dict.fromkeys(("encode", "embed", "classify", "score", "reward"), _POOLING),
     **dict.fromkeys(("sleep", "wake_up"), "sleep mode is not there yet; `close` releases the memory"),
-    **dict.fromkeys(("start_profile", "stop_profile"), "the profiler is not there yet; run under an external one"),
+    **dict.fromkeys(("start_profile", "stop_profile"), "put torch.profiler.profile() around the call"),
     **dict.fromkeys(("collective_rpc", "apply_model"), "workers take no calls of the user's"),
     "set_tokenizer": "give tokenizer= when the LLM is made",
     "reset_mm_cache": "models are text-only for now",

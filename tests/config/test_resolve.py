@@ -279,3 +279,13 @@ def test_a_length_without_room_for_an_answer(make_checkpoint: Make) -> None:
 def test_a_folder_may_be_a_path(make_checkpoint: Make) -> None:
     folder = make_checkpoint()
     assert EngineArgs(model=folder).model == str(folder)  # type: ignore[arg-type]
+
+
+def test_deterministic_chooses_implementations_on_a_gpu(make_checkpoint: Make) -> None:
+    folder = make_checkpoint()
+    args = EngineArgs(model=str(folder), deterministic=True, ops={"linear": "reference"})
+    found = resolve(args, machine=H200).device.ops
+    assert found == {"linear": "reference", "gated_linear": "invariant", "attention": "invariant"}
+    assert not resolve(EngineArgs(model=str(folder)), machine=H200).device.ops
+    with pytest.raises(ClientError, match="for GPUs; leave it out"):
+        resolve(args, machine=CPU)

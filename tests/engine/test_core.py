@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from typing import Any
 
 import pytest
 
 from quire import LLM, SamplingParams
 from quire.types.errors import EngineError
+from quire.types.params import StructuredOutputsParams
 from quire.types.plan import Plan
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
@@ -112,3 +114,41 @@ def test_ctrl_c_inside_a_step_leaves_the_engine_usable(llm: LLM, number: int) ->
     llm.llm_engine.client.check()  # type: ignore[attr-defined]
     assert llm.llm_engine.client.stats().blocks_used == 0
     assert texts(llm) == expected
+
+
+def test_only_its_own_request_waits_for_a_grammar(llm: LLM) -> None:
+    engine = llm.llm_engine
+    core: Any = engine.client
+    executor, prepare = core._executor, core._executor.prepare
+    grammars: list[Future[None]] = []
+
+    def slowly(grammar: str, eos: tuple[int, ...]) -> Future[None]:
+        prepare(grammar, eos).result()
+        grammars.append(Future())
+        return grammars[-1]
+
+    executor.prepare = slowly
+    constrained = SamplingParams(max_tokens=12, structured_outputs=StructuredOutputsParams(choice=["red", "green"]))
+    for name in ("chosen", "left", "refused"):
+        engine.add_request(name, PROMPTS[0], constrained)
+    engine.add_request("free", PROMPTS[1], GREEDY)
+    done: dict[str, Any] = {}
+
+    def run(until: Callable[[], bool]) -> None:
+        while not until():
+            assert engine.has_work
+            done.update({output.request_id: output.outputs[0] for output in engine.step() if output.finished})
+
+    run(lambda: "free" in done)
+    stats = core.stats()
+    assert (stats.waiting, stats.deferred, stats.received, stats.running) == (3, 3, 4, 0)
+    assert len(done["free"].token_ids) == 12 and all(core.alive(name) for name in ("chosen", "left", "refused"))
+    engine.abort_request("left")
+    grammars[0].set_result(None)
+    grammars[2].set_exception(RuntimeError("no compiler"))
+    run(lambda: {"chosen", "refused"} <= set(done))
+    assert done["chosen"].text in ("red", "green")
+    assert done["refused"].finish_reason == "error" and "no compiler" in done["refused"].stop_reason
+    engine.drain()
+    core.check()
+    assert core.stats().deferred == 0

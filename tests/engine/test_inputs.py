@@ -12,7 +12,7 @@ from tokenizer_zoo import trained
 
 from quire.engine.inputs import InputProcessor, default_params
 from quire.engine.tokenizer import load_tokenizer
-from quire.types.errors import ClientError
+from quire.types.errors import ClientError, EngineError
 from quire.types.params import (
     BeamSearchParams,
     RepetitionDetectionParams,
@@ -127,6 +127,43 @@ def test_lora_is_not_yet(tmp_path: Path) -> None:
 def test_max_logprobs_of_the_engine(tmp_path: Path) -> None:
     assert ask(processor(tmp_path, max_logprobs=-1), "a", SamplingParams(logprobs=-1)).params.logprobs == -1  # type: ignore
     assert ask(processor(tmp_path, max_logprobs=30), "a", SamplingParams(logprobs=30)).params.logprobs == 30  # type: ignore
+
+
+def test_beams_take_logprobs(tmp_path: Path) -> None:
+    def ask_beams(width: int, most: int) -> None:
+        ask(processor(tmp_path, max_logprobs=most), "a", BeamSearchParams(beam_width=width, max_tokens=2))
+
+    ask_beams(10, 20)
+    ask_beams(11, -1)
+    for width, most in ((11, 20), (1 << 40, -1)):
+        with pytest.raises(ClientError, match=f"beam_width={width}.*max_logprobs") as e:
+            ask_beams(width, most)
+        assert e.value.parameter == "beam_width"
+
+
+class Picky:
+    """A logits processor that is asked whether it can serve a request."""
+
+    @classmethod
+    def validate(cls, params: SamplingParams) -> None:
+        extra = params.extra_args or {}
+        if extra.get("color") == "green":
+            raise ValueError("not green")
+        if extra.get("color") == "red":
+            raise KeyError("red")
+
+
+def test_processors_may_refuse_a_request(tmp_path: Path) -> None:
+    p = processor(tmp_path, logits_processors=[Picky])
+    ask(p, "a", SamplingParams(extra_args={"color": "blue"}))
+    with pytest.raises(ClientError, match=r"not green.*Picky") as e:
+        ask(p, "a", SamplingParams(extra_args={"color": "green"}))
+    assert e.value.parameter == "extra_args"
+    with pytest.raises(EngineError, match=r"Picky.*failed in validate: KeyError"):
+        ask(p, "a", SamplingParams(extra_args={"color": "red"}))
+    for bad in (3, "no_such_module:Class"):
+        with pytest.raises(ClientError, match=f"logits.processor.*{bad}"):
+            processor(tmp_path, logits_processors=[bad])
 
 
 def test_lengths(tmp_path: Path) -> None:

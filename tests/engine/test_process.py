@@ -22,12 +22,14 @@ from quire.engine.async_engine import AsyncLLM
 from quire.engine.llm_engine import LLMEngine
 from quire.engine.process import ProcessClient
 from quire.types.errors import ClientError, EngineError
-from quire.types.params import RequestOutputKind
+from quire.types.params import RequestOutputKind, StructuredOutputsParams
 
 SMALL: dict[str, Any] = dict(
     model="demo", max_model_len=256, max_num_seqs=8, kv_cache_memory_bytes="16M", dtype="float32", threads=1
 )
-PROMPTS = ["The capital of France is", "Count from 3 to 9:", "The opposite of hot is", "Once upon a time"]
+PROMPTS = ["The capital of France is", "Count from 3 to 9:", "The opposite of hot is", "Once upon a time", "As JSON: "]
+ITEMS = {"type": "array", "items": {"type": "integer"}, "minItems": 20}
+SCHEMA = {"type": "object", "properties": {"a": ITEMS}, "required": ["a"]}
 
 
 def params(**more: Any) -> SamplingParams:
@@ -39,6 +41,7 @@ CASES = [
     params(output_kind=RequestOutputKind.FINAL_ONLY, n=3),
     params(output_kind=RequestOutputKind.DELTA, prompt_logprobs=1, presence_penalty=0.5),
     params(output_kind=RequestOutputKind.FINAL_ONLY, stop=["zzz"]),
+    params(output_kind=RequestOutputKind.DELTA, n=2, structured_outputs=StructuredOutputsParams(json=SCHEMA)),
 ]
 
 
@@ -131,7 +134,7 @@ def test_a_killed_core_is_replaced_and_its_requests_go_on(start: Callable[..., A
     llm = start()
 
     async def kill(progress: list[int]) -> None:
-        while min(progress[0], progress[2]) < 5:
+        while min(progress[0], progress[2], progress[4]) < 5:
             await asyncio.sleep(0.001)
         os.kill(client(llm)._child.process.pid, signal.SIGKILL)
 
@@ -150,7 +153,8 @@ class Fatal:
     def __init__(self, vocab_size: int, device: Any) -> None:
         self.rows: set[int] = set()
 
-    def validate(self, given: SamplingParams) -> None:
+    @classmethod
+    def validate(cls, given: SamplingParams) -> None:
         pass
 
     def add(self, row: int, given: SamplingParams) -> bool:
@@ -166,6 +170,11 @@ class Fatal:
 
     def apply(self, logits_GV: Any, rows: Any, history: Any) -> Any:
         return logits_GV
+
+
+class Unmakeable(Fatal):
+    def __init__(self, vocab_size: int, device: Any) -> None:
+        raise ZeroDivisionError
 
 
 def test_a_request_that_kills_the_core_is_not_replayed_for_ever(start: Callable[..., AsyncLLM]) -> None:
@@ -215,8 +224,10 @@ def test_a_stopped_core_does_not_hold_up_the_end(start: Callable[..., AsyncLLM])
 
 
 def test_what_the_core_refuses(start: Callable[..., AsyncLLM]) -> None:
-    with pytest.raises(ClientError, match="cannot be made"):
+    with pytest.raises(ClientError, match="cannot be imported"):  # it does not come so far
         start(logits_processors=["no_such_module:Class"])
+    with pytest.raises(ClientError, match="cannot be made: ZeroDivisionError"):
+        start(logits_processors=[f"{Path(__file__).stem}:Unmakeable"])
 
 
 SCRIPT = """

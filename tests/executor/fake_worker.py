@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 import time
+from concurrent.futures import Future
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +34,21 @@ class FakeWorker:
             seen.write(f"{plan.number}:{int(plan.tokens.sum())} ")
         tokens = ints([[int(plan.tokens.sum()) % 1000 * 10 + self.rank]])
         return Answer(self, StepResult(plan.number, tokens, np.ones(1, dtype=np.int32)))
+
+    def prepare(self, grammar, eos):
+        """A grammar is ready once a file of its name and this rank is there; what it holds is the error."""
+        self.fault(grammar)
+        future = Future()
+
+        def look():
+            path = Path(self.config.folder) / f"{grammar}{self.rank}"
+            while not path.exists():
+                time.sleep(0.01)
+            text = path.read_text()
+            future.set_exception(ValueError(text)) if text else future.set_result(None)
+
+        threading.Thread(target=look, daemon=True).start()
+        return future
 
     def fault(self, when):
         rank, at, how = self.config.fault or (None, None, None)

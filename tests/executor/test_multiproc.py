@@ -22,7 +22,7 @@ from quire.types.plan import NewRow, Plan, ints
 
 HERE = Path(__file__).parent
 SRC = HERE.parents[1] / "src"
-LOG = SimpleNamespace(log_level="warning")
+LOG = SimpleNamespace(log_level="warning", log_format="text")
 FAKE = "fake_worker:FakeWorker"
 LIMIT_S = 30.0  # no wait in these tests may reach it
 
@@ -127,6 +127,21 @@ def test_a_dead_worker_fails_what_is_pending(start, tmp_path, fault, expected):
     wait_until_gone(pids(tmp_path))
 
 
+def test_grammars_are_ready_when_all_ranks_are_and_plans_do_not_wait(start, tmp_path):
+    executor = start((1, "fatal", "kill"))
+    waiting, wrong = (executor.prepare(name, (2,)) for name in ("good", "wrong"))
+    (tmp_path / "good0").touch()
+    assert executor.submit(plan(1)).result(LIMIT_S).number == 1
+    assert not waiting.done()
+    (tmp_path / "good1").touch()
+    assert waiting.result(LIMIT_S) is None
+    (tmp_path / "wrong1").write_text("not today")
+    assert "ValueError: not today" in str(wrong.exception(LIMIT_S))
+    lost = executor.prepare("fatal", (2,))
+    assert "SIGKILL" in str(lost.exception(LIMIT_S))
+    assert isinstance(executor.prepare("late", (2,)).exception(LIMIT_S), EngineError)
+
+
 def test_a_worker_that_cannot_be_made_is_told_by_the_constructor(start, tmp_path):
     with pytest.raises(EngineError, match=r"(?s)could not be started: worker 1 of 2.*boom in the fake worker"):
         start((1, "start", "raise"))
@@ -165,7 +180,7 @@ from types import SimpleNamespace
 from quire.executor.multiproc import MultiprocExecutor
 sys.path.insert(0, {here!r})
 config = SimpleNamespace(folder={folder!r}, fault=(1, 1, "hang"))
-config.observability = SimpleNamespace(log_level="warning")
+config.observability = SimpleNamespace(log_level="warning", log_format="text")
 executor = MultiprocExecutor(config, 2, worker="fake_worker:FakeWorker")
 from quire.types.plan import Plan, ints
 z = ints([0])

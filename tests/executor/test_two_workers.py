@@ -6,15 +6,16 @@ import pytest
 
 from quire.llm import LLM
 from quire.types.outputs import RequestOutput
-from quire.types.params import SamplingParams
+from quire.types.params import SamplingParams, StructuredOutputsParams
 
-PROMPTS = ["The capital of France is", "2 + 3 =", "Count: 1 2 3", "The opposite of hot is", "Once upon a time"]
+PROMPTS = ["The capital of France is", "2 + 3 =", "Count: 1 2 3", "The opposite of hot is", "Once upon a time", "Yes?"]
 PARAMS = [
     SamplingParams(temperature=0.0, max_tokens=12, logprobs=2, prompt_logprobs=1),
     SamplingParams(temperature=0.9, seed=4, max_tokens=12, presence_penalty=0.5, bad_words=["5"]),
     SamplingParams(temperature=0.8, seed=5, n=3, max_tokens=9, top_k=20, top_p=0.9),
     SamplingParams(temperature=1.3, max_tokens=14, min_tokens=14, logit_bias={20: 2.0}),
     SamplingParams(temperature=0.0, max_tokens=30, stop=["."], frequency_penalty=0.4),
+    SamplingParams(temperature=0, max_tokens=9, structured_outputs=StructuredOutputsParams(regex="(yes|no) [0-9]+")),
 ]
 
 

@@ -155,7 +155,7 @@ def test_write_kv_writes_where_told_and_nowhere_else(slots: list[int]) -> None:
 def test_copy_pages_reads_before_it_writes() -> None:
     kv = torch.arange(2 * 4 * BLOCK * K * E, dtype=torch.float32).view(2, 4, BLOCK, K, E)
     before = kv.clone()
-    copy_pages(kv, torch.tensor([0, 1]), torch.tensor([1, 2]))
+    copy_pages([kv], [kv], torch.tensor([0, 1]), torch.tensor([1, 2]))
     assert torch.equal(kv[:, 1], before[:, 0])
     assert torch.equal(kv[:, 2], before[:, 1])
     assert torch.equal(kv[:, 3], before[:, 3])

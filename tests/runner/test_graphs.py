@@ -16,7 +16,7 @@ from quire.runner.record import PlainRecorder
 PROMPTS = [[(7 * i + 3 * j) % 2000 + 10 for j in range(n)] for i, n in enumerate((1, 3, 90, 17, 33, 5))]
 
 
-def run(graphs: bool, most: int = 200, **options: Any) -> tuple[list[Any], set[Any], int]:
+def run(graphs: bool, captured: int = 200, **options: Any) -> tuple[list[Any], set[Any], int]:
     """What is visible, the sizes that were captured, how many steps brought their pages along."""
     fixed: dict[str, Any] = {"dtype": "float32", "max_model_len": 160, "device": "cpu", "enforce_eager": True}
     with LLM("demo", skip_tokenizer_init=True, **fixed, **options) as llm:
@@ -26,7 +26,15 @@ def run(graphs: bool, most: int = 200, **options: Any) -> tuple[list[Any], set[A
         replay: Any = None
         if graphs:
             replay = Graphs(
-                runner._model, runner._table, runner._store, worker.ops, worker.device, most, 2, PlainRecorder()
+                runner._model,
+                runner._table,
+                runner._store,
+                worker.ops,
+                worker.device,
+                200,
+                2,
+                captured,
+                PlainRecorder(),
             )
             plain = replay._places
 
@@ -70,12 +78,12 @@ def test_replayed_steps_equal_eager_ones(options: dict[str, Any], ops: dict[str,
     assert carried >= 15
 
 
-def test_steps_beyond_the_largest_graph_use_the_same_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("quire.runner.graphs.MOST_TOKENS", 48)
-    replayed, captured, _ = run(True)
+def test_steps_beyond_the_largest_graph_use_the_same_buffers() -> None:
     eager, _, _ = run(False)
-    assert replayed == eager
-    assert all(tokens <= 48 or size for kind, tokens, size in captured if kind == "ragged")
+    for most in (0, 48):
+        replayed, captured, _ = run(True, captured=most)
+        assert replayed == eager
+        assert all(tokens <= most for kind, tokens, _ in captured if kind == "ragged")
 
 
 def test_sizes() -> None:

@@ -9,9 +9,8 @@ import torch
 
 from quire.runner.kv_store import KVStore, page_bytes
 from quire.types.kv import KVGroup
-from quire.types.plan import ints
 
-from .plans import tiny_arch
+from .plans import make_plan, tiny_arch
 
 FULL = (KVGroup("full", (0, 1)),)
 MIX = (KVGroup("sliding", (0, 1), 5), KVGroup("full", (2,)))
@@ -35,7 +34,8 @@ def pages(tensor: torch.Tensor) -> list[int]:
 
 
 def move(store: KVStore, swap_out=(), swap_in=(), copies=()) -> None:
-    store.move(*(ints(pairs, (-1, 2)) for pairs in (swap_out, swap_in, copies)))
+    plan = make_plan(swap_out=swap_out, swap_in=swap_in, copies=copies, fence=0)
+    store.move(plan)
 
 
 def test_pages_move_in_the_order_out_in_copies() -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from quire.ops.philox import gumbel_rows
-from quire.runner import logits as logits_module
+from quire.runner import processors as processors_module
 from quire.runner.logits import load_processors
 from quire.runner.sampler import Sampler
 from quire.runner.sampling_state import Needs
@@ -471,7 +471,8 @@ class Booster:
     def __init__(self, vocab_size, device):
         self.boost, self.calls, self.fail_in = {}, [], {}
 
-    def validate(self, params):
+    @classmethod
+    def validate(cls, params):
         if "boost" in (params.extra_args or {}) and not isinstance(params.extra_args["boost"], int):
             raise ValueError("boost must be a token id")
 
@@ -543,11 +544,13 @@ def test_a_faulty_engine_processor_fails_the_row_at_fault(fail):
 def test_processors_are_found(monkeypatch):
     point = EntryPoint("boost", f"{__name__}:Booster", "quire.logits_processors")
     monkeypatch.setattr(point.__class__, "load", lambda self: Booster)
-    monkeypatch.setattr(logits_module, "entry_points", lambda group: [point] if group == point.group else [])
+    monkeypatch.setattr(processors_module, "entry_points", lambda group: [point] if group == point.group else [])
     found = load_processors([Booster], V, torch.device("cpu"))
     assert [type(p) for p in found] == [Booster, Booster]
     with pytest.raises(ClientError, match=r"no\.such:Thing"):
         load_processors(["no.such:Thing"], V, torch.device("cpu"))
+    with pytest.raises(ClientError, match="must be classes, or names"):
+        load_processors([3], V, torch.device("cpu"))
 
 
 def test_state_made_without_the_processors_is_a_mistake():

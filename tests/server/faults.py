@@ -12,8 +12,10 @@ class Faults:
     def __init__(self, vocab_size: int, device: Any) -> None:
         pass
 
-    def validate(self, params: Any) -> None:
-        pass
+    @classmethod
+    def validate(cls, params: Any) -> None:
+        if (params.extra_args or {}).get("fault") == "refused":
+            raise ValueError("this fault is not to be had")
 
     def add(self, row: int, params: Any) -> bool:
         fault = (params.extra_args or {}).get("fault")

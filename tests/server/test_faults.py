@@ -31,7 +31,7 @@ BOUND_S = 60.0
 BODY: dict[str, Any] = {"model": "demo", "stream": True, "ignore_eos": True, "stream_options": {"include_usage": True}}
 SHORT = {**BODY, "prompt": "Once upon a time", "max_tokens": 200}
 LONG = {**BODY, "prompt": "a long prompt " * 100, "max_tokens": 20}
-DISTINCT = [{**LONG, "prompt": f"{i} is a number, and so is {i + 1}. " * 24} for i in range(40)]
+DISTINCT = [{**LONG, "prompt": f"{i} is a number, and so is {i + 1}. " * 24} for i in range(24)]
 LAST = {**SHORT, "max_tokens": 450}  # runs longest: it is there when the moment comes
 
 WORK = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import socket
@@ -143,6 +144,40 @@ def test_health_means_progress(start: Callable[..., Server]) -> None:
     asyncio.run(main())
 
 
+def test_an_engine_that_hangs_is_replaced(start: Callable[..., Server]) -> None:
+    server = start("--health-stall-timeout=0.5", "--engine-stall-timeout=2")
+    seeds = [{"seed": i, "temperature": 0.8} for i in range(4)]
+    both = (server.process.pid, server.engine().pid)
+
+    async def begun() -> list[asyncio.Task[tuple[str, str | None]]]:
+        made = server.metric("vllm:generation_tokens_total")
+        running = [asyncio.create_task(stream(server, **seed)) for seed in seeds]
+        await asyncio.to_thread(until, lambda: server.metric("vllm:generation_tokens_total") > made + 100, 10)
+        return running
+
+    async def main() -> None:
+        expected = await asyncio.gather(*(stream(server, **seed) for seed in seeds))
+        running = await begun()
+        for pid in both:
+            os.kill(pid, signal.SIGSTOP)
+        await asyncio.sleep(3)
+        for pid in both:
+            os.kill(pid, signal.SIGCONT)
+        assert await asyncio.gather(*running) == expected
+        assert server.engine().pid == both[1], "time that the front end did not see counts for nothing"
+        running = await begun()
+        os.kill(both[1], signal.SIGSTOP)
+        await asyncio.to_thread(until, lambda: server.get("/health").status_code == 503, 5)
+        await asyncio.to_thread(until, lambda: server.metric("quire:engine_restarts") == 1, 10)
+        assert await asyncio.gather(*running) == expected
+        assert server.engine().pid != both[1] and gone(both[1]) and server.get("/health").status_code == 200
+
+    asyncio.run(main())
+    assert any("nothing was computed for 2 s" in line for line in server.log)
+    server.idle()
+    assert server.stop() == 0
+
+
 def test_a_queue_has_an_end(start: Callable[..., Server]) -> None:
     server = start("--max-num-seqs=2", "--max-num-queued-reqs=3", "--max-num-queued-tokens=200")
     engine = server.engine().pid
@@ -266,6 +301,26 @@ def test_a_killed_front_end_leaves_nothing(start: Callable[..., Server]) -> None
     assert again.post("/v1/completions", {"prompt": "x", "max_tokens": 1}).status_code == 200
 
 
+def test_a_log_of_json(start: Callable[..., Server]) -> None:
+    server = start("--log-format=json", "--enable-log-requests", "--log-interval=0.2")
+    headers = {"x-request-id": "of-mine"}
+    assert server.post("/v1/completions", {"prompt": "x", "max_tokens": 400, "ignore_eos": True}, headers=headers)
+    host, port = server.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=10) as connection:
+        connection.sendall(b"nonsense\r\n\r\n")
+        assert connection.recv(100).startswith(b"HTTP/1.1 400")
+    assert server.stop() == 0
+    lines = [json.loads(line) for line in server.log]
+    assert all({"time", "level", "logger", "process", "message"} <= line.keys() for line in lines)
+    (asked, answered) = [line for line in lines if "of-mine" in line.get("request_id", "")]
+    assert asked["prompt_tokens"] and "max_tokens=400" in asked["params"]
+    assert (answered["status"], answered["path"], answered["method"]) == (200, "/v1/completions", "POST")
+    assert any(line["logger"] == "uvicorn.error" for line in lines)
+    assert any(line.get("generation_tokens", 0) > 0 for line in lines), "a line each interval"
+    (served,) = [line for line in lines if "start" in line]
+    assert {"process", "model", "engine", "total"} <= served["start"].keys()
+
+
 def test_a_profile(start: Callable[..., Server], tmp_path: Path) -> None:
     server = start(f"--profiler-dir={tmp_path}")
     assert server.post("/start_profile").status_code == 200
@@ -291,6 +346,8 @@ def test_faults_of_one_request_end_that_request(start: Callable[..., Server], mo
         return answer.json()["error"]["message"]
 
     async def main() -> None:
+        refused = server.post("/v1/completions", {"prompt": "x", "vllm_xargs": {"fault": "refused"}, "stream": True})
+        assert refused.status_code == 400 and "not to be had" in refused.json()["error"]["message"]
         seeds = [{"seed": i, "temperature": 0.8} for i in range(5)]
         expected = await asyncio.gather(*(stream(server, **seed) for seed in seeds))
         for fault, text in (("step", "the step's fault"), ("row", "the row's fault"), ("memory", "MemoryError")):

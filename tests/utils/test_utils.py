@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import logging
 
 import pytest
 
 from quire.utils import devices, optional
-from quire.utils.logging import get_logger, level_name, setup_logging
+from quire.utils.logging import JsonFormatter, fields, get_logger, level_name, setup_logging
 from quire.utils.pages import untouched
 
 
@@ -45,6 +46,15 @@ def test_this_machine_is_described() -> None:
 def test_cuda_version_of_torch_is_read_without_importing_it() -> None:
     torch = pytest.importorskip("torch")
     assert devices.torch_cuda_version() == torch.version.cuda
+
+
+def test_records_as_json() -> None:
+    record = logging.LogRecord("quire.x", logging.WARNING, "", 1, "%d of %s", (3, "four\n"), None)
+    record.__dict__.update(fields(request_id="id", status=200))
+    found = json.loads(JsonFormatter().format(record))
+    assert found.pop("time").endswith("+00:00") and found.pop("process")
+    about = {"request_id": "id", "status": 200}
+    assert found == {"level": "warning", "logger": "quire.x", "message": "3 of four\n", **about}
 
 
 def test_level_names(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -150,6 +150,7 @@ class EngineArgs(_Checked):
     device: str = arg("auto", "`auto` is the GPU where PyTorch can use one, else the CPU.", "Device", choices=("auto", "cpu", "cuda"))
     threads: int | None = arg(None, "CPU threads of a worker; by default OMP_NUM_THREADS, else the physical cores at hand.", "Device", low=1, high=4096)
 
+    deterministic: bool = arg(False, "On a GPU: the same tokens, bit for bit, whatever else is in the batch, however prompts are cut and whatever the prefix cache holds; costs some speed.", "Device")
     ops: dict[str, Any] = arg({}, "Implementations that must be used, by operation (`*`: all others), as `quire env` lists them; say {\"*\": \"reference\"} for plain PyTorch.", "Device")
 
     reasoning_parser: str = arg("", "How the reasoning of a model's answers is told from their content: deepseek_r1, qwen3, `tags:<start>,<end>`, or the name of a plugin. Structured outputs then begin when the reasoning has ended.", "Structured output")
@@ -158,6 +159,8 @@ class EngineArgs(_Checked):
 
     disable_log_stats: bool = arg(False, "No periodic line of statistics.", "Observability")
     log_level: str | None = arg(None, "Level of the log; QUIRE_LOG_LEVEL, else `info`, by default.", "Observability", choices=("debug", "info", "warning", "error", "critical"))
+    log_format: str = arg("text", "What a line of the log is: text for people, or a JSON object with time, level, message, request id and numbers by name.", "Observability", choices=("text", "json"))
+    nvtx: bool = arg(False, "Mark the parts of each step with NVTX ranges, for Nsight Systems; without effect on a CPU.", "Observability")
     log_interval: float = arg(10.0, "Seconds between two lines of statistics.", "Observability", low=0.0)
 
     limit_mm_per_prompt: dict[str, Any] = arg({}, "Accepted.", "Not yet in quire", harmless="models are text-only for now: no prompt has images")
@@ -176,7 +179,7 @@ class EngineArgs(_Checked):
     spec_tokens: int | None = later(None, "speculative decoding is not yet in quire")
     enable_prompt_embeds: bool = later(False, "prompt embeddings are not yet in quire: pass text or token ids")
     enable_sleep_mode: bool = later(False, "sleep mode is not yet in quire")
-    profiler_config: dict[str, Any] | None = later(None, "the built-in profiler is not yet in quire: run under an external one")
+    profiler_config: dict[str, Any] | None = later(None, "quire serve has --profiler-dir, with /start_profile and /stop_profile; around LLM, put torch.profiler.profile()")
     kv_transfer_config: dict[str, Any] | None = later(None, "moving KV caches between engines is not yet in quire")
     # fmt: on
 
@@ -207,6 +210,7 @@ class ServerArgs(_Checked):
     max_num_queued_tokens: int | None = arg(None, "Most prompt tokens that may wait; then requests are answered with 429.", "Server", low=0)
     shutdown_timeout: float = arg(30.0, "Seconds for running requests to end after SIGTERM, before they are ended.", "Server", low=0.0)
     health_stall_timeout: float = arg(60.0, "Seconds without progress on waiting work after which /health is 503.", "Server", low=0.1)
+    engine_stall_timeout: float = arg(180.0, "Seconds without progress on waiting work after which the engine's process is killed and started again, and its requests go on from their tokens; 0: never.", "Server", low=0.0)
     chat_template_content_format: str = arg("auto", "Whether templates get a message's content as text or as a list of parts.", "Server", choices=("auto", "string", "openai"))
     trust_request_chat_template: bool = arg(False, "Let requests bring a chat template of their own.", "Server")
     default_chat_template_kwargs: dict[str, Any] = arg({}, "Arguments of the chat template, under those of each request.", "Server")

@@ -79,11 +79,15 @@ def resolve(args: EngineArgs, *, machine: Machine | None = None, usage: str = "l
         scheduler=_scheduler(args, device, machine, max_model_len, parallel.world_size, usage),
         parallel=parallel,
         load=LoadConfig(load_format=args.load_format, download_dir=args.download_dir, revision=args.revision),
-        device=DeviceConfig(device=device, threads=_threads(args, machine, parallel.world_size), ops=args.ops),
+        device=DeviceConfig(
+            device=device, threads=_threads(args, machine, parallel.world_size), ops=_ops(args, device)
+        ),
         observability=ObservabilityConfig(
             disable_log_stats=args.disable_log_stats,
             log_level=level_name(args.log_level),
+            log_format=args.log_format,
             log_interval=args.log_interval,
+            nvtx=args.nvtx,
         ),
         structured=_structured(args),
     )
@@ -121,6 +125,20 @@ def _device(args: EngineArgs, machine: Machine) -> str:
     if args.device == "cuda" and not machine.gpus:
         raise ClientError(f"device='cuda' cannot be had: {machine.no_gpu_reason}; use device='cpu'", "device", "cuda")
     return args.device
+
+
+# What gives a row the same bits in any batch, where the fastest implementation does not.
+INVARIANT = {"linear": "invariant", "gated_linear": "invariant", "attention": "invariant"}
+
+
+def _ops(args: EngineArgs, device: str) -> dict[str, str]:
+    if not args.deterministic:
+        return dict(args.ops)
+    if device != "cuda":
+        raise ClientError(
+            "deterministic=True is for GPUs; leave it out on a CPU", parameter="deterministic", value=True
+        )
+    return {**INVARIANT, **args.ops}
 
 
 def _overridden(raw: dict[str, Any], overrides: Any) -> dict[str, Any]:

@@ -125,7 +125,9 @@ class ObservabilityConfig:
 
     disable_log_stats: bool = False
     log_level: str = "info"
+    log_format: str = "text"
     log_interval: float = 10.0
+    nvtx: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

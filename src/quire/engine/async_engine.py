@@ -27,7 +27,7 @@ from quire.types.outputs import RequestOutput
 from quire.types.params import SamplingParams
 from quire.types.prompts import PromptType
 from quire.types.stats import EngineStats
-from quire.utils.logging import setup_logging
+from quire.utils.logging import fields, setup_logging
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -104,7 +104,7 @@ class AsyncLLM:
         `make` makes one, in the thread that will take its steps."""
         if engine is None and make is None:
             args = engine_args or EngineArgs()
-            setup_logging(args.log_level)
+            setup_logging(args.log_level, args.log_format)
             make = partial(LLMEngine, resolve(args, usage="server"))
         self._wake = threading.Condition()
         self._inbox: list[Callable[[], None]] = []
@@ -355,7 +355,8 @@ class AsyncLLM:
         except Exception as e:  # the core refused it: say, a pool too small for its prompt
             error = e
             if not isinstance(e, QuireError):
-                logger.exception("request %s cannot be given to the engine", stream.name)
+                about = fields(request_id=stream.name)
+                logger.exception("request %s cannot be given to the engine", stream.name, extra=about)
                 error = EngineError(f"the request cannot be given to the engine: {type(e).__name__}: {e}")
             with self._wake:
                 self._streams.pop(stream.name, None)

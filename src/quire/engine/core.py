@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
 
 import msgspec
@@ -18,13 +19,17 @@ from quire.core.scheduler import Scheduler
 from quire.engine.pace import Pace
 from quire.engine.trial import Trial
 from quire.executor.base import Executor, Result
-from quire.runner.logits import has_processors
-from quire.types.errors import EngineError
+from quire.metrics.ranges import make_ranges
+from quire.runner.processors import has_processors
+from quire.types.errors import ClientError, EngineError
+from quire.types.params import SamplingParams
 from quire.types.plan import Plan
-from quire.types.request import Delta, Request
+from quire.types.request import Delta, FinishReason, Request
 from quire.types.stats import BlockMap, EngineStats
+from quire.utils.logging import fields
 
 log = logging.getLogger(__name__)
+_GRAMMAR_S = 0.005  # how long a step waits for grammars where there is nothing else to do
 
 
 @dataclass(slots=True)
@@ -66,9 +71,11 @@ class EngineCore:
         )
         self._executor = executor
         self._depth = schedule.depth
+        self._range = make_ranges(config.observability.nvtx, config.device.device)
         self._inflight: deque[tuple[Plan, Result]] = deque()
         self._trial = Trial(self._scheduler.reached)
         self._times: dict[str, Times] = {}
+        self._deferred: dict[str, tuple[Request, Future[None]]] = {}  # their grammars are being compiled
         paced = schedule.target_step_ms > 0 and schedule.enable_chunked_prefill
         self._pace = Pace(schedule.target_step_ms / 1e3) if paced else None
         self._begun = deque[float]()  # when the plans in flight were submitted
@@ -79,16 +86,23 @@ class EngineCore:
         """Keep the device busy, then take in the oldest result. Raises `EngineError` if the workers are gone.
         `step_tokens` is then how many tokens that step computed."""
         self.step_tokens = 0
+        failed = self._admit() if self._deferred else []
+        return [*failed, *self._step()]
+
+    def _step(self) -> list[Delta]:
         try:
             depth = self._depth if self._trial.running is None else 1
-            while len(self._inflight) < depth and (plan := self._scheduler.schedule()) is not None:
-                self._stamp(plan)
+            while len(self._inflight) < depth and (plan := self._plan()) is not None:
                 self._begun.append(time.monotonic())
-                self._inflight.append((plan, self._executor.submit(plan)))
+                with self._range("submit"):
+                    self._inflight.append((plan, self._executor.submit(plan)))
             if not self._inflight:
                 return self._nothing_planned()
             plan, pending = self._inflight[0]
-            deltas = self._scheduler.commit(plan, pending.result())
+            with self._range("wait"):
+                result = pending.result()
+            with self._range("commit"):
+                deltas = self._scheduler.commit(plan, result)
             self._inflight.popleft()
             self.step_tokens = int(plan.counts.sum())
             self._measure(plan)
@@ -103,6 +117,12 @@ class EngineCore:
         except BaseException:  # Ctrl-C in the middle of a step: nobody knows how far it came
             self._restart()
             raise
+
+    def _plan(self) -> Plan | None:
+        with self._range("schedule"):
+            if (plan := self._scheduler.schedule()) is not None:
+                self._stamp(plan)
+        return plan
 
     def _measure(self, plan: Plan) -> None:
         """A step is done: it began when it was submitted, or when the one before it ended."""
@@ -157,7 +177,8 @@ class EngineCore:
         if guilty is None:
             log.warning("a step of %d requests failed and is taken again in halves: %s", len(suspects), message)
         else:
-            log.error("request %s makes steps fail and is ended", guilty, exc_info=error)
+            about = fields(request_id=guilty)
+            log.error("request %s makes steps fail and is ended", guilty, exc_info=error, extra=about)
         if self._trial.broken:
             raise EngineError(f"steps of different requests fail one after the other: {message}") from error
         deltas = [] if guilty is None else self._scheduler.fail(guilty, message)
@@ -177,7 +198,37 @@ class EngineCore:
         return self._scheduler.discard()
 
     def add(self, request: Request) -> None:
-        """Raises `ClientError` if the request can never run here."""
+        """Raises `ClientError` if the request can never run here. One with a grammar waits, if need be, until that is
+        compiled, and no other waits with it."""
+        params = request.params
+        if isinstance(params, SamplingParams) and params.structured_outputs is not None:
+            if request.id in self._deferred:
+                raise ClientError(f"request id {request.id!r} is in use", "request_id", request.id)
+            assert params.structured_outputs.grammar is not None
+            ready = self._executor.prepare(params.structured_outputs.grammar, params.eos_token_ids)
+            if not ready.done():
+                self._deferred[request.id] = request, ready
+                return
+        self._enter(request)
+
+    def _admit(self) -> list[Delta]:
+        """The requests whose grammars are ready enter; answers those that cannot."""
+        if not self._scheduler.has_work:
+            wait([ready for _, ready in self._deferred.values()], _GRAMMAR_S, FIRST_COMPLETED)
+        failed: list[Delta] = []
+        for name, (request, ready) in list(self._deferred.items()):
+            if not ready.done():
+                continue
+            del self._deferred[name]
+            try:
+                ready.result()
+                self._enter(request)
+            except Exception as error:
+                log.warning("request %s cannot run: %s", name, error, extra=fields(request_id=name))
+                failed.append(Delta(name, 0, [], FinishReason.ERROR, error=str(error)))
+        return failed
+
+    def _enter(self, request: Request) -> None:
         self._scheduler.add(request)
         if self._trial.running is not None:
             self._scheduler.only(self._trial.running)
@@ -186,6 +237,7 @@ class EngineCore:
         """End requests at once; their blocks are free for the next plan. Unknown ids are ignored."""
         for name in request_ids:
             self._times.pop(name, None)
+            self._deferred.pop(name, None)
             self._scheduler.abort(name)
 
     def end(self, request_id: str, index: int, at: int) -> None:
@@ -194,14 +246,17 @@ class EngineCore:
 
     def alive(self, request_id: str) -> bool:
         """Whether a request has not ended."""
-        return self._scheduler.reached(request_id) is not None
+        return request_id in self._deferred or self._scheduler.reached(request_id) is not None
 
     @property
     def has_work(self) -> bool:
-        return self._scheduler.has_work
+        return bool(self._deferred) or self._scheduler.has_work
 
     def stats(self) -> EngineStats:
-        return self._scheduler.stats()
+        s, late = self._scheduler.stats(), len(self._deferred)
+        if not late:
+            return s
+        return msgspec.structs.replace(s, received=s.received + late, waiting=s.waiting + late, deferred=late)
 
     def queue(self) -> tuple[EngineStats, int]:
         """The statistics, and how many requests they do not know of: none, here."""

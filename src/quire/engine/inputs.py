@@ -16,6 +16,7 @@ from quire.config.hub import tokenizer_folder
 from quire.config.schema import Config
 from quire.engine.tokenizer import Tokenizer
 from quire.parsers.reasoning import reasoning_parser
+from quire.runner.processors import processor_classes, validate
 from quire.structured.compiler import compiler
 from quire.types.errors import ClientError
 from quire.types.params import BeamSearchParams, SamplingParams, StructuredOutputsParams
@@ -61,6 +62,7 @@ class InputProcessor:
         self._max_logprobs = config.model.max_logprobs
         parallel = config.parallel
         self._processors_stay = parallel.distributed_executor_backend == "mp" or parallel.world_size > 1
+        self._processors = processor_classes(config.model.logits_processors)
         self._random = random.Random(config.model.seed)
         eos = list(config.model.arch.eos_token_ids)
         if tokenizer is not None and tokenizer.eos_token_id is not None:
@@ -183,6 +185,11 @@ class InputProcessor:
         if params.watermarking is not None:
             raise ClientError("watermarking is not supported yet; leave it out", "watermarking", params.watermarking)
         self._check_vocab("allowed_token_ids", params.allowed_token_ids or ())
+        width = params.beam_width
+        most = self._vocab if self._max_logprobs == -1 else min(self._vocab, self._max_logprobs)
+        if 2 * width > most:
+            text = f"beam_width={width} takes the {2 * width} likeliest tokens a step, and max_logprobs allows {most}"
+            raise ClientError(f"{text}: lower it, or raise max_logprobs", "beam_width", width)
 
     def _check_params(self, params: SamplingParams) -> None:
         for name, off in _NOT_YET.items():
@@ -206,6 +213,7 @@ class InputProcessor:
         self._check_vocab("stop_token_ids", params.stop_token_ids or ())
         self._check_vocab("allowed_token_ids", params.allowed_token_ids or ())
         self._check_vocab("logit_bias", list(params.logit_bias or ()))
+        validate(self._processors, params)
         if params.stop and self._tokenizer is None:
             text = "stop strings need a tokenizer, and skip_tokenizer_init=True: use stop_token_ids"
             raise ClientError(text, "stop", params.stop)

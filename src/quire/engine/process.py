@@ -4,7 +4,8 @@ Owns: that process, the socket to it, and what is known of the requests that it 
 started again, and its requests are replayed from their tokens: the noise of a token depends on the request's seed and
 the token's position alone, so they go on as if nothing had happened. Requests that were there twice when the core died
 are replayed one after the other, each once the one before has got a token: if the core dies again, it is clear of whose
-work, and that request ends with an error. All from one thread, except `wake`.
+work, and that request ends with an error. A process that is there and computes nothing, though there is work, counts as
+lost after a while. All from one thread, except `wake`.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ HELLO = 0  # the number of a call that only wants an answer
 MAX_DEATHS = 2  # of the core under one request, before it is suspected
 MAX_STARTS = 3  # in a row that fail, or that no step follows
 CALM_S = 30.0  # a process that was ready so long counts as a success
+_LOOK_S = 1.0  # how often to look whether the core makes progress
 
 
 class _Live:
@@ -84,10 +86,11 @@ class ProcessClient:
     """Raises `ClientError` for a configuration that the core refuses, `EngineError` where it cannot be started.
 
     Make it in a thread that lives as long as the engine: on Linux the core's process ends with the thread that made it.
+    After `stall_s` seconds in which there was work and nothing was computed, the process is replaced; 0: never.
     """
 
-    def __init__(self, config: Config) -> None:
-        self._config = config
+    def __init__(self, config: Config, stall_s: float = 0.0) -> None:
+        self._config, self._stall_s = config, stall_s
         self._context = zmq.Context(io_threads=1)
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._live: dict[str, _Live] = {}
@@ -105,6 +108,7 @@ class ProcessClient:
         self.restarts = 0
         self.steps: deque[int] = deque(maxlen=100_000)  # how many tokens each step computed, till somebody asks
         self.progress = time.monotonic()  # when something last moved, or there was nothing to move
+        self._looked = self._awake = self.progress  # the last look at it; the end of the last long pause between two
         self.seconds: dict[str, float] = {}
         self._start()
         while not self._ready:
@@ -146,7 +150,8 @@ class ProcessClient:
         """Waits for what the core's next step brings, or for `wake`. Raises `EngineError` where the core is lost and
         cannot be started again."""
         if not self._late:
-            self._turn(None)
+            self._turn(_LOOK_S if self._stall_s and self._live else None)
+            self._look()
         late, self._late = self._late, []
         return late
 
@@ -253,6 +258,17 @@ class ProcessClient:
             self._take(wire.decode(data, wire.FromCore))
         if self._child.channel.fileno() in events:
             self._hear()
+
+    def _look(self) -> None:
+        """Give up a core that hangs. Time in which this process was stopped itself is not held against it."""
+        now = time.monotonic()
+        if now - self._looked > 3 * _LOOK_S:
+            self._awake = now
+        self._looked = now
+        quiet = now - max(self.progress, self._awake)
+        if self._stall_s and self._live and self._ready and quiet > self._stall_s:
+            self._child.kill()
+            self._lost(f"it was killed, since requests waited and nothing was computed for {quiet:.0f} s")
 
     def _take(self, message: wire.FromCore) -> None:
         if isinstance(message, wire.Reply):

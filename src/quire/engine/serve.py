@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 def serve(channel: Channel, config: Config, address: str, begun: float) -> None:
     """Make the core, then work until told to stop. `begun`: when the process was asked for, in wall-clock seconds."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it is the front end that drains, and tells when to stop
-    setup_logging(config.observability.log_level)
+    setup_logging(config.observability.log_level, config.observability.log_format)
     seconds = {"process": time.time() - begun}
     start = time.monotonic()
     try:

@@ -11,7 +11,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
+import msgspec
+
 from quire.types.stats import EngineStats
+from quire.utils.logging import fields
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +54,8 @@ class StatLogger:
         stats, last = self._stats(), self._last
         self._last = (now, stats)
         if last is not None and now - last[0] < 2 * self._interval + 1:
-            logger.info("%s", line(stats, last[1], now - last[0]))
+            about = fields(seconds=now - last[0], **msgspec.structs.asdict(stats))
+            logger.info("%s", line(stats, last[1], now - last[0]), extra=about)
 
     def metrics(self) -> list[Metric]:
         """The statistics under the names that a metrics endpoint gives them."""

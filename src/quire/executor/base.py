@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import Future
 from typing import Protocol
 
 from quire.types.kv import KVGroup
@@ -25,6 +26,10 @@ class Executor(Protocol):
 
     def submit(self, plan: Plan) -> Result:
         """Start a step; never raises for what goes wrong in it."""
+        ...
+
+    def prepare(self, grammar: str, eos_token_ids: tuple[int, ...]) -> Future[None]:
+        """Compile the grammar of a row to come, beside the steps: a step with the row would wait for it."""
         ...
 
     def shutdown(self) -> None: ...

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import Future
+
 from quire.config.schema import Config
 from quire.executor.base import Executor, Result
 from quire.runner.worker import Worker
@@ -29,6 +31,10 @@ class LocalExecutor:
             return self.worker.submit(plan)
         except Exception as error:
             return _Failed(error)
+
+    def prepare(self, grammar: str, eos_token_ids: tuple[int, ...]) -> Future[None]:
+        assert self.worker is not None, "the executor is shut down"
+        return self.worker.prepare(grammar, eos_token_ids)
 
     def shutdown(self) -> None:
         self.worker = None  # the model's memory goes with it

@@ -22,6 +22,7 @@ import threading
 import time
 import weakref
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from multiprocessing.connection import wait
@@ -43,6 +44,7 @@ from quire.utils.logging import setup_logging
 WORKER = "quire.runner.worker:Worker"
 _SERVE = "quire.executor.multiproc:serve"
 _STOP = b""
+_GRAMMAR = b"G"  # begins a message about a grammar, either way; those about plans begin as msgpack's arrays and maps do
 _STOP_S = 5.0  # how long the workers may take to end when asked
 _GRACE_S = 0.5  # how long after the first failure others are listened to, to tell the cause from its consequences
 
@@ -60,6 +62,21 @@ class Refused(msgspec.Struct, frozen=True, tag=True):
 
     text: str
     parameter: str | None
+
+
+class Grammar(msgspec.Struct, frozen=True):
+    """To be compiled."""
+
+    number: int
+    source: str
+    eos_token_ids: tuple[int, ...]
+
+
+class Compiled(msgspec.Struct, frozen=True):
+    """A rank has compiled the grammar of this number, or cannot."""
+
+    number: int
+    error: str | None = None
 
 
 @dataclass(frozen=True)
@@ -109,6 +126,10 @@ class MultiprocExecutor:
         self._ranks.shutdown()
         self._finalizer.detach()
 
+    def prepare(self, grammar: str, eos_token_ids: tuple[int, ...]) -> Future[None]:
+        """The future is done when every rank has compiled the grammar; it fails where one cannot, or has failed."""
+        return self._ranks.prepare(grammar, eos_token_ids)
+
 
 class _Ranks:
     """The processes and the threads that serve them; apart from the executor, which its threads must not keep alive."""
@@ -121,7 +142,9 @@ class _Ranks:
         self.broken: str | None = None
         self._closing = False
         self._pending: deque[Future[StepResult]] = deque()
-        self._lock = threading.Lock()  # of the four above
+        self._grammars: dict[int, tuple[Future[None], int]] = {}  # by number; how many ranks are not ready
+        self._grammar = 0  # the last number
+        self._lock = threading.Lock()  # of the six above
         self._outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         arguments = [(config, rank, world, str(self.folder / "meeting"), worker) for rank in range(world)]
         self._listener = threading.Thread(target=self._listen, args=(arguments,), name="quire-listen", daemon=True)
@@ -142,6 +165,19 @@ class _Ranks:
             if self.broken is None and not self._closing:
                 self._pending.append(future)
                 self._outbox.put(data)
+                return future
+            reason = self.broken or "the executor is shut down"
+        future.set_exception(EngineError(reason))
+        return future
+
+    def prepare(self, source: str, eos_token_ids: tuple[int, ...]) -> Future[None]:
+        future: Future[None] = Future()
+        future.set_running_or_notify_cancel()
+        with self._lock:
+            if self.broken is None and not self._closing:
+                self._grammar += 1
+                self._grammars[self._grammar] = future, self.world
+                self._outbox.put(_GRAMMAR + encode(Grammar(self._grammar, source, eos_token_ids)))
                 return future
             reason = self.broken or "the executor is shut down"
         future.set_exception(EngineError(reason))
@@ -210,11 +246,24 @@ class _Ranks:
                     ready[rank] = first
                     if len(ready) == self.world:
                         self.ready.set_result(first)
+                elif data.startswith(_GRAMMAR):
+                    self._compiled(decode(data[len(_GRAMMAR) :], Compiled))
                 else:
                     result = decode(data, StepResult)
                     with self._lock:
                         future = self._pending.popleft()
                     future.set_result(result)
+
+    def _compiled(self, answer: Compiled) -> None:
+        with self._lock:
+            future, left = self._grammars[answer.number]
+            self._grammars[answer.number] = future, left - 1
+            if left == 1:
+                del self._grammars[answer.number]
+        if answer.error is not None and not future.done():
+            future.set_exception(EngineError(answer.error))
+        if left == 1 and not future.done():
+            future.set_result(None)
 
     def _receive(self, rank: int) -> bytes | _End:
         """The next message of a rank that has one, or how it ended."""
@@ -253,14 +302,17 @@ class _Ranks:
 
     def _fail_pending(self, reason: str) -> None:
         with self._lock:
-            failed, self._pending = self._pending, deque()
+            failed = [*self._pending, *(future for future, _ in self._grammars.values() if not future.done())]
+            self._pending.clear()
+            self._grammars.clear()
         for future in failed:
             future.set_exception(EngineError(reason))
 
 
 def serve(channel: Channel, config: Config, rank: int, world: int, meeting: str, worker: str) -> None:
     """What each process runs: makes the worker, then executes plans in the order they come until it is stopped."""
-    setup_logging(config.observability.log_level if rank == 0 else "warning")
+    shown = config.observability
+    setup_logging(shown.log_level if rank == 0 else "warning", shown.log_format)
     group = join(rank, world, Path(meeting))
     try:
         made = load(worker)(config, rank=rank, world=world)
@@ -271,20 +323,32 @@ def serve(channel: Channel, config: Config, rank: int, world: int, meeting: str,
     # the ranks may have measured differently
     blocks, host_blocks = group.all_reduce(torch.tensor([made.num_blocks, made.num_host_blocks]), "min").tolist()
     channel.send(encode(Ready(blocks, host_blocks, tuple(made.kv_groups))))
-    answers: queue.SimpleQueue[Result | None] = queue.SimpleQueue()
+    answers: queue.SimpleQueue[Callable[[], bytes] | None] = queue.SimpleQueue()
     answering = threading.Thread(target=_answer, args=(channel, answers), name="quire-answer", daemon=True)
     answering.start()
     while data := channel.receive():
-        result = made.submit(decode(data, Plan))
+        if data.startswith(_GRAMMAR):
+            _compile(made, decode(data[len(_GRAMMAR) :], Grammar), answers)
+            continue
+        result: Result = made.submit(decode(data, Plan))
         if rank == 0:
-            answers.put(result)
+            answers.put(lambda result=result: encode(result.result()))
     answers.put(None)
     answering.join()
     group.close()
 
 
-def _answer(channel: Channel, answers: queue.SimpleQueue[Result | None]) -> None:
+def _compile(worker: Any, grammar: Grammar, answers: queue.SimpleQueue[Callable[[], bytes] | None]) -> None:
+    def done(future: Future[None]) -> None:
+        error = future.exception()
+        text = None if error is None else f"{type(error).__name__}: {error}"
+        answers.put(lambda: _GRAMMAR + encode(Compiled(grammar.number, text)))
+
+    worker.prepare(grammar.source, grammar.eos_token_ids).add_done_callback(done)
+
+
+def _answer(channel: Channel, answers: queue.SimpleQueue[Callable[[], bytes] | None]) -> None:
     """Runs in a thread: waits for the device, so that the main thread can start the next plan meanwhile."""
     with channel.failing():
-        while (result := answers.get()) is not None:
-            channel.send(encode(result.result()))
+        while (answer := answers.get()) is not None:
+            channel.send(answer())

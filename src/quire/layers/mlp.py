@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from quire.layers.linear import Linear, MergedLinear
 from quire.ops.activation import ACTIVATION, ACTIVATIONS, GATED_ACTIVATION
 from quire.ops.dispatch import Binder
+from quire.ops.linear import GATED_LINEAR
 from quire.types.errors import ClientError
 
 
@@ -33,7 +34,7 @@ class Activation(nn.Module):
 
 
 class MLP(nn.Module):
-    """down(act(gate(x)) * up(x))."""
+    """down(act(gate(x)) * up(x)). Up to the gate it is one op, or two where the matrix is quantized."""
 
     def __init__(self, hidden: int, intermediate: int, kind: str, bias: bool = False) -> None:
         super().__init__()
@@ -41,10 +42,22 @@ class MLP(nn.Module):
         self.gate_up_proj = MergedLinear(hidden, parts, bias, split="columns")
         self.down_proj = Linear(intermediate, hidden, bias, split="rows")
         self.kind = known_activation(kind)
-        self.op = GATED_ACTIVATION.reference
+        self.op = GATED_LINEAR.reference
+
+    @property
+    def dense(self) -> bool:
+        """Whether the matrix is a plain tensor, also once it is loaded."""
+        return isinstance(self.gate_up_proj.weight, Tensor) and self.gate_up_proj.scheme is None
 
     def bind(self, ops: Binder) -> None:
-        self.op = ops.bind(GATED_ACTIVATION, kind=self.kind)
+        if self.dense:
+            outputs, inputs = self.gate_up_proj.weight.shape
+            self.op = ops.bind(GATED_LINEAR, inputs=inputs, outputs=outputs, kind=self.kind)
+        else:
+            self.op = ops.bind(GATED_ACTIVATION, kind=self.kind)
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        return self.down_proj(self.op(self.gate_up_proj.merged(x_TD), self.kind))
+        both = self.gate_up_proj
+        if self.dense:
+            return self.down_proj(self.op(x_TD, both.weight, both.bias, self.kind))
+        return self.down_proj(self.op(both.merged(x_TD), self.kind))

@@ -201,8 +201,8 @@ class Metrics:
         waiting = GaugeMetricFamily(
             "vllm:num_requests_waiting_by_reason", "Sequences that wait, by reason.", labels=[*self._names, "reason"]
         )
-        waiting.add_metric([*self._values, "capacity"], s.waiting)
-        waiting.add_metric([*self._values, "deferred"], 0)
+        waiting.add_metric([*self._values, "capacity"], s.waiting - s.deferred)
+        waiting.add_metric([*self._values, "deferred"], s.deferred)
         yield waiting
         source = CounterMetricFamily(
             "vllm:prompt_tokens_by_source", "Prompt tokens by where they came from.", labels=[*self._names, "source"]

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
     from quire.ops.dispatch import Choice
 
-BUILT_IN = ("activation", "attention", "heads", "linear", "norm", "sampling")
+BUILT_IN = ("activation", "attention", "cache", "heads", "linear", "norm", "sampling")
 
 
 def report(device: torch.device, dtype: torch.dtype) -> list[Choice]:

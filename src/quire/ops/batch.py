@@ -1,5 +1,5 @@
-"""The inputs of a step from the device's rows: the ops `decode_batch` (every row decodes), `ragged_batch` (any step) and
-`update_rows`.
+"""The inputs of a step from the device's rows: the ops `decode_batch` (every row decodes), `ragged_batch` (any step)
+and `update_rows`.
 
 Owns: their meaning and the buffers that they fill, which stay where they are so that a graph can read them.
 
@@ -108,8 +108,8 @@ class RaggedInputs:
 
 @dataclass(frozen=True)
 class RaggedBuffers:
-    """What the model and attention read. int64 `tokens_T`, `positions_T` and for each group `slots_T`; int32 `starts_R`,
-    `lengths_R` (0: padding) and for each group `tables_RP` (columns up to a row's length)."""
+    """What the model and attention read. int64 `tokens_T`, `positions_T` and for each group `slots_T`; int32
+    `starts_R`, `lengths_R` (0: padding) and for each group `tables_RP` (columns up to a row's length)."""
 
     tokens_T: Tensor
     positions_T: Tensor

@@ -1,5 +1,5 @@
 """Writing, reading and moving KV pages. Owns: the layout (2, N, B, K, E) of a layer's KV tensor, and that of a cache in
-int8. Knows no block accounting; the write is part of the op `heads`.
+int8. Knows no block accounting; the write is part of the op `heads`, the copy of pages is the op `copy_pages`.
 
 In int8 each key and value of a head is a row of its own scale: E whole numbers, filled up to fours, then the float32 by
 which they are to be multiplied, four bytes more; so the tensor is (2, N, B, K, row_size) and moves like any other.
@@ -8,8 +8,13 @@ Shape legend: T tokens, N blocks, B tokens of a block, K KV heads, E head size, 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+
+from quire.ops import native, triton
+from quire.ops.dispatch import REGISTRY
 
 
 def row_size(head_dim: int, dtype: torch.dtype) -> int:
@@ -57,7 +62,14 @@ def write_kv(k_TKE: Tensor, v_TKE: Tensor, kv: Tensor, slots_T: Tensor) -> None:
         flat[target_T] = torch.where(any_written, new_TKE[source_T].to(flat.dtype), flat[:1])
 
 
-def copy_pages(kv: Tensor, sources_C: Tensor, targets_C: Tensor) -> None:
-    """Copies whole pages (int64 ids) of one KV tensor (2, N, B, K, E); every source is read before a target is
-    written."""
-    kv[:, targets_C] = kv[:, sources_C]
+def copy_pages(sources: Sequence[Tensor], targets: Sequence[Tensor], sources_C: Tensor, targets_C: Tensor) -> None:
+    """Copies whole pages (int64 ids, on the host) of each of some KV tensors (2, N, B, K, E) to the same place in the
+    list of others, or of the same ones, contiguous and of one type; every source is read before a target is written.
+    Tensors on the host are pinned where the others are on a device."""
+    for source, target in zip(sources, targets, strict=True):
+        target[:, targets_C.to(target.device)] = source[:, sources_C.to(source.device)].to(target.device)
+
+
+COPY_PAGES = REGISTRY.op("copy_pages", copy_pages)
+native.register(COPY_PAGES, "supports_copies")
+triton.register(COPY_PAGES, "cache:copy_pages", "supports_copies")

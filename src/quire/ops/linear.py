@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from quire.ops import native, triton
+from quire.ops.activation import gated_activation
 from quire.ops.dispatch import REGISTRY
 
 
@@ -21,6 +22,11 @@ def linear(x_TD: Tensor, weight_ND: Tensor, bias_N: Tensor | None, dtype: torch.
     """(T, N) in `dtype`, by default that of x. Any leading shape."""
     y_TN = F.linear(x_TD, weight_ND, bias_N)
     return y_TN if dtype is None else y_TN.to(dtype)
+
+
+def gated_linear(x_TD: Tensor, weight_ND: Tensor, bias_N: Tensor | None, kind: str) -> Tensor:
+    """(T, N / 2): `kind`(first half of the outputs) * second half, each as `linear` rounds it."""
+    return gated_activation(linear(x_TD, weight_ND, bias_N), kind)
 
 
 def embedding(ids_T: Tensor, table_VD: Tensor, offset: int, add_TD: Tensor | None = None) -> Tensor:
@@ -128,11 +134,17 @@ def quantized_embedding(
 
 
 LINEAR = REGISTRY.op("linear", linear)
+GATED_LINEAR = REGISTRY.op("gated_linear", gated_linear)
 EMBEDDING = REGISTRY.op("embedding", embedding)
 QUANTIZED_EMBEDDING = REGISTRY.op("quantized_embedding", quantized_embedding)
 QUANTIZED_LINEAR = REGISTRY.op("quantized_linear", quantized_linear)
 native.register(LINEAR, "supports_linear")
+native.register(GATED_LINEAR, "supports_gated_linear")
 native.register(EMBEDDING)
 native.register(QUANTIZED_LINEAR)
 native.register(QUANTIZED_EMBEDDING)
 triton.register(EMBEDDING, "embedding:embedding")
+triton.register(LINEAR, "linear:linear", "supports_linear")
+triton.register(GATED_LINEAR, "linear:gated_linear", "supports_linear")
+triton.register(LINEAR, "invariant:linear", "supports_invariant", "invariant")
+triton.register(GATED_LINEAR, "invariant:gated_linear", "supports_invariant", "invariant")

@@ -95,7 +95,8 @@ class Layout:
 
 
 class Graphs:
-    """See the module. `most`: tokens of the largest step."""
+    """See the module. `most`: tokens of the largest step; `most_captured`: of the largest that may be a graph though
+    not every row decodes, 0 where attention must be told the rows by the host."""
 
     def __init__(
         self,
@@ -106,6 +107,7 @@ class Graphs:
         device: torch.device,
         most: int,
         depth: int,
+        most_captured: int = MOST_TOKENS,
         recorder: Recorder | None = None,
     ) -> None:
         self._model, self._table, self._store, self._device, self._depth = model, table, store, device, depth
@@ -115,7 +117,11 @@ class Graphs:
         self._rows = Rows(table.last_R, table.length_R, table.offset_R, table.pages_RP, table.block_size)
         pages = [each.shape[1] for each in table.pages_RP]
         rows = min(most, table.padding_row)
-        self._decodes, self._tokens, self._row_sizes = decode_sizes(rows), token_sizes(most), row_sizes(rows)
+        self._decodes, self._tokens, self._row_sizes = (
+            decode_sizes(rows),
+            token_sizes(min(most, most_captured)),
+            row_sizes(rows),
+        )
         self._lines = 2 + 2 * len(pages)
         longest = max(self._lines * rows, Layout(most, rows).size)
         self._inputs = torch.zeros(longest, dtype=torch.int32, device=device)
@@ -260,7 +266,7 @@ class Graphs:
 
     def _run_ragged(self, plan: Plan) -> Replayed:
         tokens, rows, samples = int(plan.counts.sum()), len(plan.rows), len(plan.sample_rows)
-        graph = tokens <= min(MOST_TOKENS, self._tokens[-1] if self._tokens else 0)
+        graph = bool(self._tokens) and tokens <= self._tokens[-1]
         rows = max(rows, samples)
         layout = Layout(_above(self._tokens, tokens), _above(self._row_sizes, rows)) if graph else Layout(tokens, rows)
         self._send_ragged(plan, layout)

@@ -9,14 +9,17 @@ each row holds its scale as well, see `ops.cache`).
 from __future__ import annotations
 
 import math
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor
 
 from quire.config.arch import ModelArch
-from quire.ops.cache import copy_pages, row_size
+from quire.ops.cache import COPY_PAGES, row_size
 from quire.types.kv import KVGroup
-from quire.types.plan import Ints
+from quire.types.plan import Ints, Plan
 from quire.utils.pages import untouched
 
 
@@ -38,10 +41,13 @@ class KVStore:
         block_size: int,
         dtype: torch.dtype,
         device: torch.device,
+        copy_pages: Callable[..., None] = COPY_PAGES.reference,
     ) -> None:
         count = max(len(group.layers) for group in groups)
         shape = (block_size, arch.num_kv_heads, row_size(arch.head_dim, dtype))
         self.tensors = [_zeros((2, num_blocks, *shape), dtype, device, pin=False) for _ in range(count)]
+        self._copy_pages = copy_pages
+        self._side = _Side() if device.type == "cuda" and num_host_blocks else None
         self._host = [
             _zeros((2, num_host_blocks, *shape), dtype, torch.device("cpu"), pin=device.type == "cuda")
             for _ in range(count if num_host_blocks else 0)
@@ -51,20 +57,48 @@ class KVStore:
             (place[layer][0], self.tensors[place[layer][1]]) for layer in range(len(place))
         ]
 
-    def move(self, swap_out: Ints, swap_in: Ints, copies: Ints) -> None:
-        """The page moves of a plan, in its order."""
-        if len(swap_out):
-            sources, targets = _ids(swap_out)
-            for device, host in zip(self.tensors, self._host, strict=True):
-                host[:, targets] = device[:, sources.to(device.device)].to("cpu")
-        if len(swap_in):
-            sources, targets = _ids(swap_in)
-            for device, host in zip(self.tensors, self._host, strict=True):
-                device[:, targets.to(device.device)] = host[:, sources].to(device.device)
-        if len(copies):
-            sources, targets = (ids.to(self.tensors[0].device) for ids in _ids(copies))
-            for device in self.tensors:
-                copy_pages(device, sources, targets)
+    def move(self, plan: Plan) -> None:
+        """The page moves of a plan, in its order; on a GPU swaps go beside the steps, until a plan's fence waits for
+        them."""
+        if len(plan.swap_out) or len(plan.swap_in):
+            with self._beside(plan.number):
+                if len(plan.swap_out):
+                    self._copy_pages(self.tensors, self._host, *_ids(plan.swap_out))
+                if len(plan.swap_in):
+                    self._copy_pages(self._host, self.tensors, *_ids(plan.swap_in))
+        if self._side is not None:
+            self._side.wait(plan.fence)
+        if len(plan.copies):
+            self._copy_pages(self.tensors, self.tensors, *_ids(plan.copies))
+
+    def _beside(self, number: int) -> AbstractContextManager[None]:
+        return nullcontext() if self._side is None else self._side.swaps(number)
+
+
+class _Side:
+    """A stream for swaps. They begin when the steps before them are done, and end in their order."""
+
+    def __init__(self) -> None:
+        self._stream = torch.cuda.Stream()
+        self._ends: deque[tuple[int, torch.cuda.Event]] = deque()
+
+    @contextmanager
+    def swaps(self, number: int) -> Iterator[None]:
+        """Those of the plan with this number."""
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            yield
+            end = torch.cuda.Event()
+            end.record()
+        self._ends.append((number, end))
+
+    def wait(self, fence: int) -> None:
+        """What follows in the current stream comes after the swaps of plans up to this number."""
+        last: torch.cuda.Event | None = None
+        while self._ends and self._ends[0][0] <= fence:
+            last = self._ends.popleft()[1]
+        if last is not None:
+            last.wait()
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, pin: bool) -> Tensor:

@@ -1,10 +1,7 @@
-"""Custom logits processors: callables of one request, and engine-wide ones.
+"""Custom logits processors at work: callables of one request, and engine-wide ones (see `processors`).
 
-Owns: the protocol, how processors are found, and the isolation of their faults: an exception fails the row whose work
-it was, never its neighbours. Knows nothing of how parameters are stored or tokens drawn.
-
-Engine-wide processors come from the entry points of the group `quire.logits_processors` and from names
-"module:Class" in the configuration. Each is made once per engine, as `cls(vocab_size, device)`.
+Owns: the isolation of their faults: an exception fails the row whose work it was, never its neighbours. Knows nothing
+of how parameters are stored or tokens drawn.
 """
 
 from __future__ import annotations
@@ -12,87 +9,28 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Callable, Iterable, Sequence
-from importlib import import_module
-from importlib.metadata import entry_points
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from quire.runner.processors import History, LogitsProcessor, one_line, processor_classes
 from quire.types.errors import ClientError
-from quire.types.params import SamplingParams
 from quire.types.plan import NewRow
 
 logger = logging.getLogger(__name__)
 
-ENTRY_POINTS = "quire.logits_processors"
-History = Callable[[int], tuple[list[int], list[int]]]  # device row -> (prompt ids, output ids)
-
-
-class LogitsProcessor(Protocol):
-    """An engine-wide processor. A device row is a small integer that names a live sequence until it is retired.
-
-    Processors run after logit_bias, allowed_token_ids, bad_words and min_tokens, before penalties and temperature.
-    """
-
-    def validate(self, params: SamplingParams) -> None:
-        """Raises `ValueError` for a request that it cannot serve (its own parameters are in `params.extra_args`)."""
-        ...
-
-    def add(self, row: int, params: SamplingParams) -> bool:
-        """A sequence enters (again, after preemption): whether this processor takes part in it."""
-        ...
-
-    def fork(self, source: int, destination: int) -> None:
-        """`destination` becomes a copy of `source`."""
-        ...
-
-    def retire(self, row: int) -> None:
-        """The row is dead; its number will be used again."""
-        ...
-
-    def apply(self, logits_GV: Tensor, rows: Sequence[int], history: History) -> Tensor:
-        """New logits (G, V) float32 of the rows that take part, one line for each of `rows`. May work in place. Where
-        it raises, it is called again for each row alone, so that only the row at fault fails. `history(row)` costs a
-        wait for the device."""
-        ...
-
-
-def has_processors(names: Iterable[str | type]) -> bool:
-    """Whether `load_processors` would find any."""
-    return any(True for _ in names) or bool(entry_points(group=ENTRY_POINTS))
-
 
 def load_processors(names: Iterable[str | type], vocab_size: int, device: torch.device) -> tuple[LogitsProcessor, ...]:
-    """The processors of the environment's entry points, then those named ("module:Class", "module.Class" or a class).
-
-    Raises `ClientError` where one cannot be imported or made.
-    """
-    found: list[tuple[str, Callable[[], Any]]] = [(p.name, p.load) for p in entry_points(group=ENTRY_POINTS)]
-    found += [(str(name), lambda name=name: _find(name)) for name in names]
-    made = []
-    for name, load in found:
+    """The engine-wide processors (see `processor_classes`), made. Raises `ClientError` where one cannot be."""
+    made: list[LogitsProcessor] = []
+    for name, cls in processor_classes(names):
         try:
-            made.append(load()(vocab_size, device))
+            made.append(cls(vocab_size, device))
         except Exception as error:
             text = f"logits processor {name!r} cannot be made: {one_line(error)}"
             raise ClientError(text, "logits_processors", name) from error
     return tuple(made)
-
-
-def _find(name: str | type) -> Any:
-    if isinstance(name, type):
-        return name
-    module, colon, attribute = name.partition(":")
-    if not colon:
-        module, _, attribute = name.rpartition(".")
-    return getattr(import_module(module), attribute)
-
-
-def one_line(error: BaseException) -> str:
-    """The error's type and the first line of its text."""
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0][:200]}" if text else type(error).__name__
 
 
 def _name(processor: Any) -> str:

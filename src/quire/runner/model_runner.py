@@ -81,7 +81,7 @@ class ModelRunner:
                 batches.stage(plan, upload)
             upload.send()
             table.apply(plan, upload)
-        self._store.move(plan.swap_out, plan.swap_in, plan.copies)
+        self._store.move(plan)
         if not len(plan.rows):
             return Pending(plan.number, None, ())
         if replayed:

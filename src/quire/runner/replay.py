@@ -17,12 +17,12 @@ from torch import Tensor
 
 from quire.layers.step import AttentionMeta, GroupMeta, Step
 from quire.models.base import CausalLM
-from quire.ops.dispatch import Binder
+from quire.ops.dispatch import REFERENCE, Binder
 from quire.ops.native import program
 from quire.ops.native.bound import kernels_of, most_tokens
 from quire.ops.native.kernels import Kernels
 from quire.ops.native.recorder import Recorder, Unrecordable, record
-from quire.runner.graphs import Graphs
+from quire.runner.graphs import MOST_TOKENS, Graphs
 from quire.runner.kv_store import KVStore
 from quire.runner.replayed import NoReplay, Replay, Replayed
 from quire.runner.table import RequestTable
@@ -148,7 +148,8 @@ def make_replay(
     if enforce_eager:
         return NoReplay()
     if device.type == "cuda":
-        return Graphs(model, table, store, ops, device, max_tokens, depth)
+        plain = any(choice.chosen == REFERENCE for choice in ops.report() if choice.op == "attention")
+        return Graphs(model, table, store, ops, device, max_tokens, depth, MOST_TOKENS if not plain else 0)
     if native is None:
         return NoReplay()
     try:

@@ -37,7 +37,7 @@ from quire.ops.sampling import (
     token_logprobs,
 )
 from quire.runner.grammars import Compilers
-from quire.runner.logits import LogitsProcessor, one_line
+from quire.runner.processors import LogitsProcessor, one_line
 from quire.runner.sampling_state import Needs, Real, SamplingState, Whole, to_device
 from quire.types.errors import ClientError
 from quire.types.plan import Ints, PromptLogprobs, TokenLogprobs, ints

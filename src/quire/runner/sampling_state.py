@@ -22,7 +22,8 @@ from torch import Tensor
 
 from quire.ops.sampling import IN_PROMPT, NEG_INF, Kind, Real, Whole
 from quire.runner.grammars import Compilers, GrammarRows
-from quire.runner.logits import EngineProcessors, LogitsProcessor, RequestProcessors
+from quire.runner.logits import EngineProcessors, RequestProcessors
+from quire.runner.processors import LogitsProcessor
 from quire.runner.upload import Pinned
 from quire.types.params import SamplingParams
 from quire.types.plan import Ints, NewRow

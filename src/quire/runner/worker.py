@@ -6,7 +6,8 @@ Knows nothing of scheduling or of other ranks' processes.
 from __future__ import annotations
 
 import logging
-from functools import partial
+import threading
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import cast
 
 import torch
@@ -16,7 +17,9 @@ from quire.config.schema import Config
 from quire.loading import load_model
 from quire.loading.mapped import mapped_bytes
 from quire.loading.passes import DTYPES
+from quire.metrics.ranges import make_ranges
 from quire.models.base import CausalLM, kv_groups
+from quire.ops.cache import COPY_PAGES
 from quire.ops.dispatch import Binder
 from quire.ops.native.bound import most_tokens
 from quire.ops.native.kernels import ANY
@@ -29,7 +32,7 @@ from quire.runner.model_runner import ModelRunner, Pending
 from quire.runner.replay import make_replay
 from quire.runner.sampler import Sampler
 from quire.runner.table import RequestTable
-from quire.structured.compiler import Compiler, compiler
+from quire.structured.compiler import THREADS, Compiler, compiler
 from quire.types.errors import ClientError
 from quire.types.kv import KVGroup
 from quire.types.plan import Plan, StepResult
@@ -46,6 +49,11 @@ class Worker:
     """
 
     def __init__(self, config: Config, rank: int = 0, world: int = 1) -> None:
+        self._config = config
+        self._range = make_ranges(config.observability.nvtx, config.device.device)
+        self._compilers: dict[tuple[int, ...], Compiler] = {}
+        self._compiling = ThreadPoolExecutor(THREADS, "quire-grammars")
+        self._lock = threading.Lock()  # of making a compiler
         self.device = torch.device(config.device.device)
         if self.device.type == "cuda":
             self.device = torch.device("cuda", rank)
@@ -66,7 +74,7 @@ class Worker:
             processors,
             config.model.logprobs_mode,
             self.ops.bind(SAMPLE),
-            compilers=partial(_compiler, config),
+            compilers=self._compiler,
         )
         self.kv_groups: tuple[KVGroup, ...] = kv_groups(arch, config.model.max_model_len)
         kv_dtype = KV_DTYPES[config.cache.kv_cache_dtype]
@@ -74,7 +82,10 @@ class Worker:
         self.num_blocks = memory.num_blocks(config, self.kv_groups, kv_dtype, there, mapped_bytes(model))
         self.num_host_blocks = memory.num_host_blocks(config, self.kv_groups, kv_dtype)
         try:
-            store = KVStore(arch, self.kv_groups, self.num_blocks, self.num_host_blocks, size, kv_dtype, self.device)
+            store = KVStore(
+                arch, self.kv_groups, self.num_blocks, self.num_host_blocks, size, kv_dtype, self.device,
+                self.ops.bind(COPY_PAGES),
+            )  # fmt: skip
         except (RuntimeError, MemoryError) as error:
             raise ClientError(
                 f"{self.num_blocks} KV blocks on the device and {self.num_host_blocks} on the host cannot be allocated "
@@ -95,17 +106,33 @@ class Worker:
 
     def submit(self, plan: Plan) -> Pending:
         """Start a step; the result may be waited for later."""
-        return self._runner.submit(plan)
+        with self._range("step"):
+            return self._runner.submit(plan)
 
     def execute(self, plan: Plan) -> StepResult:
         """Run a step to its end."""
         return self.submit(plan).result()
 
+    def prepare(self, grammar: str, eos_token_ids: tuple[int, ...]) -> Future[None]:
+        """Compile a grammar, which another process has tried, beside the steps; a row with it finds it made."""
+        made = self._compilers.get(eos_token_ids)
+        if made is None or not made.knows(grammar):
+            return self._compiling.submit(self._prepare, grammar, eos_token_ids)
+        known: Future[None] = Future()
+        known.set_result(None)
+        return known
 
-def _compiler(config: Config, eos: tuple[int, ...]) -> Compiler:
-    """Of grammars, for texts that `eos` end; made when the first constrained row comes."""
-    vocab_size, limit = config.model.arch.vocab_size, config.structured.grammar_timeout
-    return compiler(tokenizer_folder(config), vocab_size, eos, limit)
+    def _prepare(self, grammar: str, eos_token_ids: tuple[int, ...]) -> None:
+        self._compiler(eos_token_ids).trusted(grammar)
+
+    def _compiler(self, eos: tuple[int, ...]) -> Compiler:
+        """Of grammars, for texts that `eos` end; made when the first constrained row comes."""
+        model, limit = self._config.model, self._config.structured.grammar_timeout
+        with self._lock:
+            if (made := self._compilers.get(eos)) is None:
+                made = compiler(tokenizer_folder(self._config), model.arch.vocab_size, eos, limit)
+                self._compilers[eos] = made
+        return made
 
 
 def _leave_the_cores_to_native_threads(model: CausalLM, ops: Binder) -> None:

@@ -44,6 +44,7 @@ from quire.server.protocol import (
 from quire.server.served import Served
 from quire.server.sse import EVENTS, LINES
 from quire.types.errors import ClientError, QuireError
+from quire.utils.logging import fields
 from quire.utils.version import VERSION
 
 log = logging.getLogger(__name__)
@@ -120,7 +121,8 @@ def _errors(app: FastAPI) -> None:
     async def known(request: Request, error: Exception) -> Response:
         found = api_error(error)
         if found.status >= 500:
-            log.error("request %s: %s", request.headers.get("x-request-id"), found.message)
+            id = request.headers.get("x-request-id")
+            log.error("request %s: %s", id, found.message, extra=fields(request_id=id))
         return JSONResponse(found.body, found.status, found.headers)
 
     async def invalid(request: Request, error: Exception) -> Response:
@@ -143,7 +145,8 @@ def _errors(app: FastAPI) -> None:
         return JSONResponse(found.body, found.status, {**found.headers, **(error.headers or {})})
 
     async def unknown(request: Request, error: Exception) -> Response:
-        log.error("request %s failed", request.headers.get("x-request-id"), exc_info=error)
+        id = request.headers.get("x-request-id")
+        log.error("request %s failed", id, exc_info=error, extra=fields(request_id=id))
         found = api_error(error)
         return JSONResponse(found.body, found.status)
 

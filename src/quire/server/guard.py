@@ -16,6 +16,7 @@ from typing import Any
 from quire.server import page
 from quire.server.errors import ApiError, unavailable
 from quire.server.served import Served
+from quire.utils.logging import fields
 
 log = logging.getLogger("quire.access")
 
@@ -80,7 +81,9 @@ class Guard:
             return
         client = scope.get("client") or ("-", 0)
         path = scope["raw_path"].decode("latin-1")  # as it was sent: nobody writes lines of his own into the log
-        log.info("%s %s %s %d in %.3f s, request %s", client[0], scope["method"], path, status, seconds, id.decode())
+        name, method = id.decode(), scope["method"]
+        about = fields(request_id=name, client=client[0], method=method, path=path, status=status, seconds=seconds)
+        log.info("%s %s %s %d in %.3f s, request %s", client[0], method, path, status, seconds, name, extra=about)
 
 
 def too_large(limit: int) -> ApiError:

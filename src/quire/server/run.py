@@ -36,7 +36,7 @@ from quire.server.errors import unavailable
 from quire.server.protocol_http import Protocol
 from quire.server.served import Served
 from quire.types.errors import ClientError
-from quire.utils.logging import setup_logging
+from quire.utils.logging import fields, setup_logging
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +50,9 @@ def serve(engine_args: EngineArgs, args: ServerArgs, begun: float | None = None)
 
     Raises ClientError for a configuration that cannot be met.
     """
-    setup_logging(engine_args.log_level)
+    setup_logging(engine_args.log_level, engine_args.log_format)
+    for handler in logging.getLogger("quire").handlers:  # what uvicorn warns of looks like the rest
+        logging.getLogger("uvicorn.error").addHandler(handler)
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (_FILES if most < 0 else min(_FILES, most), most))
     sock = _bind(args)
@@ -133,9 +135,10 @@ class _Uvicorn(uvicorn.Server):
         yield
 
 
-def _make(config: Config, made: Future[AsyncLLM]) -> None:
+def _make(config: Config, stall_s: float, made: Future[AsyncLLM]) -> None:
     try:
-        made.set_result(AsyncLLM(make=partial(LLMEngine, config, ProcessClient)))
+        client = partial(ProcessClient, stall_s=stall_s)
+        made.set_result(AsyncLLM(make=partial(LLMEngine, config, client)))
     except BaseException as error:
         made.set_exception(error)
 
@@ -190,7 +193,8 @@ class _Server:
         made: Future[AsyncLLM] = Future()
         made.set_running_or_notify_cancel()
         # A thread that the end of the program does not wait for: whoever stops a server does not wait for its model.
-        threading.Thread(target=_make, args=(config, made), name="quire-start", daemon=True).start()
+        make = partial(_make, config, self._args.engine_stall_timeout, made)
+        threading.Thread(target=make, name="quire-start", daemon=True).start()
         self._engine = engine = await asyncio.wrap_future(made)
         client = engine.engine.client
         assert isinstance(client, ProcessClient)
@@ -202,7 +206,8 @@ class _Server:
         parts = ", ".join(f"{name} {value:.2f} s" for name, value in seconds.items())
         name = self._sock.getsockname()
         where = name if isinstance(name, str) else f"http://{name[0]}:{name[1]}"
-        log.info("serving %s on %s; the start took: %s", ", ".join(self._served.names), where, parts)
+        about = fields(models=list(self._served.names), where=where, start=seconds)
+        log.info("serving %s on %s; the start took: %s", ", ".join(self._served.names), where, parts, extra=about)
 
     async def _watch(self) -> None:
         """Returns when the engine is beyond help."""

@@ -6,6 +6,7 @@ Owns: admission (limits, draining) and `Run`, one HTTP request's work in the eng
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 import uuid
 from collections.abc import AsyncGenerator, Sequence
@@ -22,6 +23,9 @@ from quire.server.errors import ApiError, ClientGone, unavailable
 from quire.types.errors import ClientError
 from quire.types.outputs import RequestOutput
 from quire.types.params import SamplingParams
+from quire.utils.logging import fields
+
+log = logging.getLogger(__name__)
 
 
 class Served:
@@ -143,8 +147,15 @@ class Run:
             self.close()
             raise
         served.runs.add(self)
+        if served.args.enable_log_requests:
+            self._note(drafts)
         for _ in drafts:
             served.metrics.received()
+
+    def _note(self, drafts: Sequence[Draft]) -> None:
+        asked = [(len(draft.tokens), draft.params) for draft in drafts]
+        about = fields(request_id=self.id, prompt_tokens=[tokens for tokens, _ in asked], params=str(asked[0][1]))
+        log.info("request %s: %s prompt tokens, %s", self.id, self.prompt_tokens, asked[0][1], extra=about)
 
     async def outputs(self) -> AsyncGenerator[list[tuple[int, RequestOutput]]]:
         """(prompt, output) as they come, as many at a time as there are. Raises what ended a request early."""

@@ -16,6 +16,7 @@ from starlette.responses import Response
 
 from quire.server.errors import ClientGone, api_error
 from quire.server.served import Run
+from quire.utils.logging import fields
 
 log = logging.getLogger(__name__)
 
@@ -46,12 +47,13 @@ class EventStream(Response):
                 async for data in self._frames:
                     await send({"type": "http.response.body", "body": data, "more_body": True})
             except ClientGone:
-                log.info("request %s: the client left", run.id)
+                log.info("request %s: the client left", run.id, extra=fields(request_id=run.id))
                 return
             except Exception as error:
                 found = api_error(error)
                 level = logging.ERROR if found.status >= 500 else logging.INFO
-                log.log(level, "request %s failed while it was being answered: %s", run.id, found.message)
+                text = "request %s failed while it was being answered: %s"
+                log.log(level, text, run.id, found.message, extra=fields(request_id=run.id))
                 body = frame(found.body) if self._events else found.data + b"\n"
                 await send({"type": "http.response.body", "body": body, "more_body": True})
             await send({"type": "http.response.body", "body": DONE if self._events else b"", "more_body": False})

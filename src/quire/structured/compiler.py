@@ -90,6 +90,12 @@ class Compiler:
         except ClientError as e:  # a refusal is kept, and raised for each who asks: with a traceback of its own
             raise ClientError(str(e), e.parameter) from None
 
+    def knows(self, source: str) -> bool:
+        """Whether a grammar is compiled."""
+        with self._lock:
+            known = self._grammars.get(source)
+        return known is not None and known.done()
+
     def trusted(self, source: str) -> Grammar:
         """A grammar that was compiled before, here or in another process."""
         with self._lock:

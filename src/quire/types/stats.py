@@ -12,7 +12,7 @@ class EngineStats(msgspec.Struct, frozen=True):
     but holds a prefix that may be hit again, so it is free to take. `host_blocks_used` counts host blocks that hold
     anything, of swapped sequences or evicted prefixes. `kv_cache_usage` is used / total, 0 to 1. Counters run since
     the start: tokens, preemptions, prefix cache queries and hits (in tokens), requests received. `waiting_tokens` are
-    the known tokens of the waiting sequences.
+    the known tokens of the waiting sequences. `deferred`: of those that wait, how many wait for their grammars.
     """
 
     blocks_total: int = 0
@@ -31,6 +31,7 @@ class EngineStats(msgspec.Struct, frozen=True):
     block_size: int = 0
     waiting_tokens: int = 0
     received: int = 0
+    deferred: int = 0
 
     @property
     def kv_cache_usage(self) -> float:

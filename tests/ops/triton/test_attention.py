@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -68,7 +69,9 @@ class World:
         )  # fmt: skip
 
     def reference(self, scale: float = 0.3, **rule: Any) -> Tensor:
-        return attention(self.q.float(), self.kv, self.group, self.meta(torch.device("cpu")), scale, self.window, **rule)
+        return attention(
+            self.q.float(), self.kv, self.group, self.meta(torch.device("cpu")), scale, self.window, **rule
+        )
 
     def kernel(self, device: torch.device, scale: float = 0.3, captured: bool = False, **rule: Any) -> Tensor:
         from quire.ops.triton.attention import attention as kernel
@@ -167,7 +170,7 @@ def test_the_bits_of_a_prompt_do_not_depend_on_its_chunks(
     whole = World([(150, 150)], window=window)
     expected = whole.kernel(device)
     edges = [0, *cuts, 150]
-    for start, stop in zip(edges, edges[1:], strict=False):
+    for start, stop in pairwise(edges):
         chunk = World([(stop, stop - start)], window=window)
         chunk.kv, chunk.q, chunk.group, chunk.width = whole.kv, whole.q[start:stop], whole.group, whole.width
         assert torch.equal(chunk.kernel(device), expected[start:stop])

@@ -132,11 +132,19 @@ def test_heads_of_a_cache_in_int8(device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.int8])
-def test_copies_of_pages(device: torch.device, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("targets", [[0, 3, 5], [6, 3, 5]], ids=["apart", "chained"])
+def test_copies_of_pages(device: torch.device, dtype: torch.dtype, targets: list[int]) -> None:
     tensors = [torch.randint(-99, 99, (2, 7, 4, 3, 20), device=device).to(dtype) for _ in range(3)]
     expected = [x.clone() for x in tensors]
-    sources, targets = torch.tensor([1, 1, 6], device=device), torch.tensor([0, 3, 5], device=device)
-    for x in expected:
-        caches.copy_pages(x, sources, targets)
-    cache.Pages(tensors).copy(sources, targets)
+    ids = torch.tensor([1, 1, 6]), torch.tensor(targets)
+    caches.copy_pages(expected, expected, *ids)
+    cache.copy_pages(tensors, tensors, *ids)
     assert all(torch.equal(a, b) for a, b in zip(tensors, expected, strict=True))
+    host = [torch.zeros((2, 9, 4, 3, 20), dtype=dtype, pin_memory=device.type == "cuda") for _ in range(3)]
+    cache.copy_pages(tensors, host, torch.tensor([2, 0]), torch.tensor([8, 1]))
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    for there, here in zip(host, expected, strict=True):
+        assert torch.equal(there[:, [8, 1]], here[:, [2, 0]].cpu()) and not there[:, 2:8].any()
+    cache.copy_pages(host, tensors, torch.tensor([8]), torch.tensor([4]))
+    assert all(torch.equal(x[:, 4], x[:, 2]) for x in tensors)

@@ -19,6 +19,7 @@ from quire.ops import linear as references
 from quire.ops import sampling
 from quire.ops.attention import reference
 from quire.ops.attention.meta import AttentionMeta, GroupMeta
+from quire.ops.cache import copy_pages
 from quire.ops.dispatch import Case
 from quire.ops.linear import QuantizedWeight
 from quire.ops.native import program
@@ -46,6 +47,11 @@ def supports_sampling(case: Case) -> str | None:
     return refusal(replace(case, dtype=torch.float32))
 
 
+def supports_copies(case: Case) -> str | None:
+    """Pages are moved as they are, whatever their type."""
+    return refusal(replace(case, dtype=torch.float32))
+
+
 def supports_attention(case: Case) -> str | None:
     heads, kv_heads = case.shapes.get("num_heads", 1), case.shapes.get("num_kv_heads", 1)
     return refusal(case) or (None if heads % kv_heads == 0 else f"{heads} heads are no multiple of {kv_heads} KV heads")
@@ -53,6 +59,10 @@ def supports_attention(case: Case) -> str | None:
 
 def supports_linear(case: Case) -> str | None:
     return refusal(case) or (None if max(levels()) > PORTABLE else "is slower than torch without AVX2")
+
+
+def supports_gated_linear(case: Case) -> str | None:
+    return supports_linear(case) or supports_activation(case)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -186,11 +196,19 @@ class Kernels:
         self.pool.run(program.linear(x_TK, weight_NK, bias_N, out_TN, self.count(x_TK.shape[0])))
         return out_TN.view(*x.shape[:-1], weight_NK.shape[0])
 
+    def gated_linear(self, x: Tensor, weight_NK: Tensor, bias_N: Tensor | None, kind: str) -> Tensor:
+        return self.gated_activation(self.linear(x, weight_NK, bias_N), kind)
+
     def embedding(self, ids_T: Tensor, table_VD: Tensor, offset: int, add_TD: Tensor | None = None) -> Tensor:
         add_TD = None if add_TD is None else _rows(add_TD)
         out_TD = self.empty((ids_T.shape[0], table_VD.shape[1]), table_VD.dtype)
         self.pool.run(program.gather(ids_T, table_VD, out_TD, self.count(ids_T.shape[0]), offset, add_TD))
         return out_TD
+
+    def copy_pages(
+        self, sources: Sequence[Tensor], targets: Sequence[Tensor], sources_C: Tensor, targets_C: Tensor
+    ) -> None:
+        copy_pages(sources, targets, sources_C, targets_C)
 
     def quantized_linear(
         self, x: Tensor, weight: QuantizedWeight, bias_N: Tensor | None, dtype: torch.dtype | None = None

@@ -1,7 +1,8 @@
 """Attention of rows of few tokens over pages: the work is cut over the keys, all query heads of a KV head together.
 
 Owns: the kernel that computes the items of `attention_work.split_items`, and the order in which a row's segments are
-folded. Shape legend: M rows of a tile (tokens x G query heads, filled up), E head size, B tokens of a block, K KV heads.
+folded.
+Shape legend: M rows of a tile (tokens x G query heads, filled up), E head size, B tokens of a block, K KV heads.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import triton
 import triton.language as tl
 
 from quire.ops.triton.attention_work import ITEM
+from quire.ops.triton.launch import Kernel, release, wait
 
 _ITEM = tl.constexpr(ITEM)
 _LOG2E = tl.constexpr(1.4426950408889634)
@@ -37,13 +39,13 @@ def weigh(s, m, factor):
 
 
 @triton.jit
-def fold(m, l, acc, m_new, l_new, acc_new):
+def fold(m, norm, acc, m_new, norm_new, acc_new):
     """Two partial results as one, in this order. Written with explicit fused products: it must round alike wherever it
     is compiled. An empty one (-inf, 0, 0) changes nothing."""
     top = tl.maximum(m, m_new)
     zero = tl.where(top == float("-inf"), 0.0, top)
     a, b = tl.exp2(m - zero), tl.exp2(m_new - zero)
-    return top, tl.fma(l, a, l_new * b), tl.fma(acc, a[:, None], acc_new * b[:, None])
+    return top, tl.fma(norm, a, norm_new * b), tl.fma(acc, a[:, None], acc_new * b[:, None])
 
 
 @triton.jit
@@ -52,20 +54,40 @@ def pages_of(pages_ptr, j, first, last, B: tl.constexpr):
     return tl.load(pages_ptr + j // B, mask=(j >= first) & (j < last), other=0)
 
 
-@triton.jit(do_not_specialize=["table_stride", "window"])
-def split_attention(
-    q_ptr, kv_ptr, table_ptr, slopes_ptr, out_ptr, items_ptr, head_ptr, arrived_ptr, parts_ptr, tops_ptr,
-    value_offset, q_token_stride, q_head_stride, table_stride, scale, softcap, window,
-    H: tl.constexpr, K: tl.constexpr, E: tl.constexpr, EP: tl.constexpr, B: tl.constexpr, BQ: tl.constexpr,
-    M: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, EXACT: tl.constexpr,
-    WIDE: tl.constexpr, WINDOWED: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, STAGES: tl.constexpr,
+@triton.jit
+def _leave(
+    parts_ptr, tops_ptr, place, own, m, norm, acc,
+    M: tl.constexpr, ROWS: tl.constexpr, SHARED: tl.constexpr, EP: tl.constexpr,
 ):  # fmt: skip
-    """A fixed number of programs takes the items in turns, KV head by KV head.
+    """Leaves a partial result for who finishes the row. Only the first ROWS rows can be of use: the others are added as
+    zeros, which takes less shared memory on the way than a tile that is mostly filling."""
+    rows = tl.arange(0, M)
+    tl.store(tops_ptr + place * (2 * SHARED) + rows, m, mask=own)
+    tl.store(tops_ptr + place * (2 * SHARED) + SHARED + rows, norm, mask=own)
+    acc = tl.where(own[:, None], acc, 0.0)
+    if ROWS < M:
+        acc = tl.sum(tl.reshape(acc, (M // ROWS, ROWS, EP)), 0)
+    rows = tl.arange(0, ROWS)
+    e = tl.arange(0, EP)
+    tl.store(parts_ptr + (place * SHARED + rows)[:, None] * EP + e[None, :], acc, mask=(rows < SHARED)[:, None])
 
-    `parts_ptr` float32 (slots, K, BQ*G, EP) and `tops_ptr` (slots, K, 2, BQ*G): sums and, in powers of two, maxima of
-    the segments of rows that several programs share. Who arrives last at such a row folds them in order, and leaves the
-    counter at zero for the next layer.
+
+@Kernel
+def split_attention(
+    q_ptr, kv_ptr, table_ptr, slopes_ptr, out_ptr, items_ptr, arrived_ptr, parts_ptr, tops_ptr, TABLE, WINDOW, RANGES,
+    value_offset: tl.constexpr, q_token: tl.constexpr, q_head: tl.constexpr, scale: tl.constexpr,
+    softcap: tl.constexpr, H: tl.constexpr, K: tl.constexpr, E: tl.constexpr, EP: tl.constexpr, B: tl.constexpr,
+    EXACT: tl.constexpr, WIDE: tl.constexpr, WINDOWED: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr,
+    BQ: tl.constexpr, M: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """One program for each range and KV head.
+
+    `parts_ptr` float32 (slots, K, BQ*G, EP) and `tops_ptr` (slots, K, 2, BQ*G): weighted sums, and maxima (of powers of
+    two) and sums of weights, of the segments of rows that several programs share. Who arrives last at such a row folds
+    them in order, and leaves the counter at zero for the next layer.
     """
+    release(PDL)
+    wait(PDL)
     G: tl.constexpr = H // K
     SHARED: tl.constexpr = BQ * G
     precision: tl.constexpr = "ieee" if EXACT else "tf32"
@@ -73,10 +95,12 @@ def split_attention(
     rows = tl.arange(0, M)
     e = tl.arange(0, EP)
     lane = tl.arange(0, TILE)
-    total = tl.load(head_ptr) * K
-    for i in range(tl.program_id(0), total, tl.num_programs(0)):
-        head = i % K
-        item_ptr = items_ptr + (i // K) * _ITEM
+    mine = tl.program_id(0) // K
+    head = tl.program_id(0) % K
+    index = mine
+    more = True
+    while more:
+        item_ptr = items_ptr + index * _ITEM
         row = tl.load(item_ptr).to(tl.int64)
         token = tl.load(item_ptr + 1).to(tl.int64)
         position = tl.load(item_ptr + 2)
@@ -84,36 +108,40 @@ def split_attention(
         start = tl.load(item_ptr + 4)
         stop = tl.load(item_ptr + 5)
         slot = tl.load(item_ptr + 6)
-        part = tl.load(item_ptr + 7)
-        segments = tl.load(item_ptr + 8)
-        segment = tl.load(item_ptr + 9)
+        run = tl.load(item_ptr + 7)
+        slot_0 = tl.load(item_ptr + 8)
+        slots = tl.load(item_ptr + 9)
+        runs = tl.load(item_ptr + 10)
+        segment = tl.load(item_ptr + 11)
+        index = RANGES + tl.load(item_ptr + 12) + 1
 
         own = rows < count * G
         h = head * G + rows % G
-        q_at = (token + rows // G) * q_token_stride + h * q_head_stride
+        q_at = (token + rows // G) * q_token + h * q_head
         there = own[:, None] if E == EP else own[:, None] & (e < E)[None, :]
         q = tl.load(q_ptr + q_at[:, None] + e[None, :], mask=there, other=0.0).to(kind)
         at = position + rows // G
         slope = tl.load(slopes_ptr + h, mask=own, other=0.0).to(tl.float32) if ALIBI else 0.0
 
         m = tl.full((M,), float("-inf"), tl.float32)
-        l = tl.zeros((M,), tl.float32)
+        norm = tl.zeros((M,), tl.float32)
         acc = tl.zeros((M, EP), tl.float32)
-        m_all, l_all, acc_all = m, l, acc
+        m_all, norm_all, acc_all = m, norm, acc
         left = segment
-        pages_ptr = table_ptr + row * table_stride
+        place = slot.to(tl.int64) * K + head
+        pages_ptr = table_ptr + row * TABLE
         last = position + count
-        first = tl.maximum(position + 1 - window, 0) if WINDOWED else 0
+        first = tl.maximum(position + 1 - WINDOW, 0) if WINDOWED else 0
         page = pages_of(pages_ptr, start * TILE + lane, first, last, B)
         for t in tl.range(start, stop, num_stages=STAGES):
             j = t * TILE + lane
             live = (j >= first) & (j < last)
-            place = page.to(tl.int64) if WIDE else page
-            place = place * (B * K * E) + ((j % B) * (K * E) + head * E)
+            where = page.to(tl.int64) if WIDE else page
+            where = where * (B * K * E) + ((j % B) * (K * E) + head * E)
             page = pages_of(pages_ptr, j + TILE, first, last, B)
             readable = live[:, None] if E == EP else live[:, None] & (e < E)[None, :]
-            k = tl.load(kv_ptr + (place[:, None] + e[None, :]), mask=readable, other=0.0).to(kind)
-            v = tl.load(kv_ptr + value_offset + (place[:, None] + e[None, :]), mask=readable, other=0.0).to(kind)
+            k = tl.load(kv_ptr + (where[:, None] + e[None, :]), mask=readable, other=0.0).to(kind)
+            v = tl.load(kv_ptr + value_offset + (where[:, None] + e[None, :]), mask=readable, other=0.0).to(kind)
             s = tl.dot(q, k.T, input_precision=precision)
             if SOFTCAP or ALIBI:
                 s = bent(s, at, j, slope, scale, softcap, SOFTCAP, ALIBI)
@@ -121,21 +149,25 @@ def split_attention(
             if BQ > 1:
                 seen &= j[None, :] <= at[:, None]
                 if WINDOWED:
-                    seen &= j[None, :] > at[:, None] - window
+                    seen &= j[None, :] > at[:, None] - WINDOW
             p, m, shrink = weigh(tl.where(seen, s, float("-inf")), m, 1.0 if SOFTCAP or ALIBI else scale)
-            l = l * shrink + tl.sum(p, 1)
+            norm = tl.fma(norm, shrink, tl.sum(p, 1))
             acc = tl.dot(p.to(kind), v, acc * shrink[:, None], input_precision=precision)
             left -= 1
-            if left == 0:
-                m_all, l_all, acc_all = fold(m_all, l_all, acc_all, m, l, acc)
+            if (left == 0) | (t == stop - 1):
+                if run == 0:
+                    m_all, norm_all, acc_all = fold(m_all, norm_all, acc_all, m, norm, acc)
+                else:
+                    _leave(parts_ptr, tops_ptr, place, own, m, norm, acc, M, ROWS, SHARED, EP)
+                    place += K
                 m = tl.full((M,), float("-inf"), tl.float32)
-                l = tl.zeros((M,), tl.float32)
+                norm = tl.zeros((M,), tl.float32)
                 acc = tl.zeros((M, EP), tl.float32)
                 left = segment
-        m_all, l_all, acc_all = fold(m_all, l_all, acc_all, m, l, acc)
+        more = tl.load(items_ptr + index * _ITEM + 13) == mine
 
         if slot < 0:
-            out = acc_all / tl.where(l_all == 0.0, 1.0, l_all)[:, None]
+            out = acc_all / tl.where(norm_all == 0.0, 1.0, norm_all)[:, None]
             out_at = (token + rows // G) * (H * E) + h * E
             tl.store(
                 out_ptr + out_at[:, None] + e[None, :],
@@ -143,58 +175,46 @@ def split_attention(
                 mask=own[:, None] & (e < E)[None, :],
             )
         else:
-            mine = ((slot + part) * K + head).to(tl.int64)
-            tl.store(parts_ptr + (mine * SHARED + rows)[:, None] * EP + e[None, :], acc_all, mask=own[:, None])
-            tl.store(tops_ptr + mine * (2 * SHARED) + rows, m_all, mask=own)
-            tl.store(tops_ptr + mine * (2 * SHARED) + SHARED + rows, l_all, mask=own)
+            if run == 0:
+                _leave(parts_ptr, tops_ptr, place, own, m_all, norm_all, acc_all, M, ROWS, SHARED, EP)
             tl.debug_barrier()
-            counter_ptr = arrived_ptr + slot * K + head
-            if tl.atomic_add(counter_ptr, 1, sem="acq_rel") == segments - 1:
+            counter_ptr = arrived_ptr + slot_0 * K + head
+            if tl.atomic_add(counter_ptr, 1, sem="acq_rel") == runs - 1:
                 tl.store(counter_ptr, 0)
                 _finish(
-                    out_ptr, parts_ptr, tops_ptr, slot, segments, head, token, count * G,
+                    out_ptr, parts_ptr, tops_ptr, slot_0, slots, head, token, count * G,
                     H, K, E, EP, SHARED, ROWS,
                 )  # fmt: skip
 
 
 @triton.jit
 def _finish(
-    out_ptr, parts_ptr, tops_ptr, slot, segments, head, token, count,
+    out_ptr, parts_ptr, tops_ptr, slot, slots, head, token, count,
     H: tl.constexpr, K: tl.constexpr, E: tl.constexpr, EP: tl.constexpr, SHARED: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Folds a row's segments in order; four are asked for at once."""
+    """Folds a row's partial results in order. Eight are asked for at once; other programs wrote them, so past the first
+    cache."""
     G: tl.constexpr = H // K
     rows = tl.arange(0, ROWS)
     e = tl.arange(0, EP)
     own = rows < count
     m = tl.full((ROWS,), float("-inf"), tl.float32)
-    l = tl.zeros((ROWS,), tl.float32)
+    norm = tl.zeros((ROWS,), tl.float32)
     acc = tl.zeros((ROWS, EP), tl.float32)
-    for x in range(0, segments, 4):
-        m_0, l_0, acc_0 = _part(parts_ptr, tops_ptr, slot, x, segments, head, own, rows, e, K, SHARED, EP)
-        m_1, l_1, acc_1 = _part(parts_ptr, tops_ptr, slot, x + 1, segments, head, own, rows, e, K, SHARED, EP)
-        m_2, l_2, acc_2 = _part(parts_ptr, tops_ptr, slot, x + 2, segments, head, own, rows, e, K, SHARED, EP)
-        m_3, l_3, acc_3 = _part(parts_ptr, tops_ptr, slot, x + 3, segments, head, own, rows, e, K, SHARED, EP)
-        m, l, acc = fold(m, l, acc, m_0, l_0, acc_0)
-        m, l, acc = fold(m, l, acc, m_1, l_1, acc_1)
-        m, l, acc = fold(m, l, acc, m_2, l_2, acc_2)
-        m, l, acc = fold(m, l, acc, m_3, l_3, acc_3)
-    out = acc / tl.where(l == 0.0, 1.0, l)[:, None]
+    for x in range(0, slots, 8):
+        tops, totals, sums = (), (), ()
+        for y in tl.static_range(8):
+            there = own & (x + y < slots)
+            place = (slot + x + y).to(tl.int64) * K + head
+            top_ptr = tops_ptr + place * (2 * SHARED) + rows
+            part_ptr = parts_ptr + (place * SHARED + rows)[:, None] * EP + e[None, :]
+            tops += (tl.load(top_ptr, mask=there, other=float("-inf"), cache_modifier=".cg"),)
+            totals += (tl.load(top_ptr + SHARED, mask=there, other=0.0, cache_modifier=".cg"),)
+            sums += (tl.load(part_ptr, mask=there[:, None], other=0.0, cache_modifier=".cg"),)
+        for y in tl.static_range(8):
+            m, norm, acc = fold(m, norm, acc, tops[y], totals[y], sums[y])
+    out = acc / tl.where(norm == 0.0, 1.0, norm)[:, None]
     out_at = (token + rows // G) * (H * E) + (head * G + rows % G) * E
     tl.store(
         out_ptr + out_at[:, None] + e[None, :], out.to(out_ptr.dtype.element_ty), mask=own[:, None] & (e < E)[None, :]
     )
-
-
-@triton.jit
-def _part(
-    parts_ptr, tops_ptr, slot, part, parts, head, mine, rows, e, K: tl.constexpr, SHARED: tl.constexpr, EP: tl.constexpr
-):
-    """A segment's partial result; an empty one where there is none. Other programs wrote it: past the first cache."""
-    there = mine & (part < parts)
-    place = ((slot + part) * K + head).to(tl.int64)
-    top_ptr = tops_ptr + place * (2 * SHARED) + rows
-    m = tl.load(top_ptr, mask=there, other=float("-inf"), cache_modifier=".cg")
-    l = tl.load(top_ptr + SHARED, mask=there, other=0.0, cache_modifier=".cg")
-    part_ptr = parts_ptr + (place * SHARED + rows)[:, None] * EP + e[None, :]
-    return m, l, tl.load(part_ptr, mask=there[:, None], other=0.0, cache_modifier=".cg")

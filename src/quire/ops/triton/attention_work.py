@@ -4,10 +4,12 @@ Owns: two lists that the layers of a step share. `split_items`: rows of few toke
 `attention_split.py`. `tile_items`: tiles of queries of the other rows for `attention_tiles.py`. No number comes back to
 the host, so a graph can capture the making of the lists and replay it over other lengths.
 
-A row of few tokens is read in tiles of keys; so many tiles, a number that depends on the row alone, are a segment. The
-result of a row is the left fold of its segments, whoever computes them: where rows are few, each segment is an item, and
-who finishes a row's last one folds them all; where rows are many, a row is one item. So how much work is spread follows
-the batch, and the bits of a row do not.
+The keys of a row of few tokens are read in tiles; some tiles, a number that depends on the row alone, are a segment,
+and the result of a row is the left fold of its segments. The tiles of all rows, one row after the other, are cut into
+as many equal ranges as there are programs for a head; a range begins where a segment does. What a range holds of a row
+is a run: an item of work. The first run of a row folds its segments as it goes; the others leave each segment by
+itself, and who finishes a row's last run folds what there is. So work is spread evenly whatever the lengths, and the
+bits of a row do not depend on where it was cut.
 """
 
 from __future__ import annotations
@@ -15,108 +17,167 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-ITEM = 16  # int32 numbers of an item, of which the first ten are used
-_CHUNK = tl.constexpr(1024)
+from quire.ops.triton.launch import Kernel, release, wait
+
+ITEM = 16  # int32 numbers of an item
 _ITEM = tl.constexpr(ITEM)
+_CHUNK = tl.constexpr(1024)
 
 
 @triton.jit
 def _facts(
-    cu_q_ptr, lengths_ptr, row, rows, window, long_from,
-    BQ: tl.constexpr, TILE: tl.constexpr, SEGMENT: tl.constexpr, MOST: tl.constexpr, WINDOWED: tl.constexpr,
+    cu_q_ptr, lengths_ptr, row, rows, window,
+    FEW: tl.constexpr, TILE: tl.constexpr, SEGMENT: tl.constexpr, MOST: tl.constexpr, WINDOWED: tl.constexpr,
 ):  # fmt: skip
-    """Of rows: first token, count of tokens, length, tiles of queries, first tile of keys, tiles of keys, tiles of a
-    segment, segments. A row that is not there, or is not short, has no tiles of queries."""
+    """Of rows: first token, count of tokens (0: not here, or not a short row), length, first tile of keys, tiles of
+    keys, tiles of a segment, segments (at least one)."""
     known = row < rows
     token = tl.load(cu_q_ptr + row, mask=known, other=0)
     count = tl.load(cu_q_ptr + row + 1, mask=known, other=0) - token
     length = tl.load(lengths_ptr + row, mask=known, other=0)
-    q_tiles = tl.where(count < long_from, (count + BQ - 1) // BQ, 0)
+    count = tl.where(count <= FEW, count, 0)
     first = tl.zeros_like(length)
     if WINDOWED:
         first = tl.maximum(length - count + 1 - window, 0) // TILE
-    tiles = tl.maximum((length + TILE - 1) // TILE - first, 0)
+    tiles = tl.where(count > 0, tl.maximum((length + TILE - 1) // TILE - first, 0), 0)
     segment = tl.maximum((tiles + MOST - 1) // MOST, SEGMENT)
-    return token, count, length, q_tiles, first, tiles, segment, (tiles + segment - 1) // segment
+    return token, count, length, first, tiles, segment, tl.maximum((tiles + segment - 1) // segment, 1)
 
 
-@triton.jit(do_not_specialize=["rows", "window", "long_from", "spread"])
-def split_items(
-    cu_q_ptr, lengths_ptr, items_ptr, head_ptr, arrived_ptr, rows, window, long_from, spread,
-    K: tl.constexpr, KP: tl.constexpr, BQ: tl.constexpr, TILE: tl.constexpr, SEGMENT: tl.constexpr,
-    MOST: tl.constexpr, WINDOWED: tl.constexpr,
+@triton.jit
+def _cut(at, count, segment, segments, per, ranges):
+    """Of rows whose tiles begin at number `at`: range of the first run, of the last, runs, segments of the first, slots
+    for partial results."""
+    first = tl.minimum(at // per, ranges - 1)
+    last = tl.minimum((at + (segments - 1) * segment) // per, ranges - 1)
+    runs = tl.where(segment >= per, segments, last - first + 1)
+    runs = tl.where(count > 0, runs, 0)
+    head = tl.minimum(((first + 1) * per - at + segment - 1) // segment, segments)
+    return first, last, runs, head, tl.where(runs > 1, 1 + segments - head, 0)
+
+
+@triton.jit
+def _put(
+    ptr, there, run, row, token, count, length, first_tile, tiles, segment, segments, at, first, runs, head, slot,
+    slots, per, place, of,
 ):  # fmt: skip
-    """One program for each row. An item: row, first token, its position, tokens, tiles of keys from and to, first slot
-    of the partial results (-1: none, the item is the row), number of the segment, segments, tiles of a segment.
+    """Writes runs (a vector) of one row."""
+    start = tl.where(segment >= per, run, ((first + run) * per - at + segment - 1) // segment)
+    start = tl.where(run == 0, 0, start)
+    stop = tl.where(segment >= per, run + 1, ((first + run + 1) * per - at + segment - 1) // segment)
+    stop = tl.minimum(stop, segments)
+    same = tl.zeros_like(run)
+    tl.store(ptr, row + same, mask=there)
+    tl.store(ptr + 1, token + same, mask=there)
+    tl.store(ptr + 2, length - count + same, mask=there)
+    tl.store(ptr + 3, count + same, mask=there)
+    tl.store(ptr + 4, first_tile + start * segment, mask=there)
+    tl.store(ptr + 5, first_tile + tl.minimum(stop * segment, tiles), mask=there)
+    tl.store(ptr + 6, tl.where(runs == 1, -1, slot + tl.where(run == 0, 0, 1 + start - head)), mask=there)
+    tl.store(ptr + 7, run, mask=there)
+    tl.store(ptr + 8, slot + same, mask=there)
+    tl.store(ptr + 9, slots + same, mask=there)
+    tl.store(ptr + 10, runs + same, mask=there)
+    tl.store(ptr + 11, segment + same, mask=there)
+    tl.store(ptr + 12, place + run, mask=there)
+    tl.store(ptr + 13, of, mask=there)
 
-    `head_ptr` gets the count of items; the counters of arrivals are zeroed. A row is one item where its tiles are no
-    more than the tiles of all over `spread`; so rows that are not are fewer than spread / K tiles of queries.
+
+@Kernel
+def split_items(
+    cu_q_ptr, lengths_ptr, items_ptr, arrived_ptr, ROWS, WINDOW, RANGES,
+    FEW: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, TILE: tl.constexpr, SEGMENT: tl.constexpr,
+    MOST: tl.constexpr, WINDOWED: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """One program for each row. An item, by its numbers: 0 row, 1 first token, 2 its position, 3 tokens, 4 and 5 tiles
+    of keys from and to, 6 first slot for partial results (-1: none, the run is the row), 7 number of the run, 8 first
+    slot of the row, 9 slots of the row, 10 runs of the row, 11 tiles of a segment, 12 its place in the list, 13 its
+    range.
+
+    The first RANGES items are copies of the first of each range (no tokens: an empty one), the list begins behind them
+    and ends with an item of range -1. The counters of arrivals at shared rows are zeroed.
     """
+    release(PDL)
+    wait(PDL)
     mine = tl.program_id(0)
     some = tl.arange(0, _CHUNK)
     total = 0
-    for at in range(0, rows, _CHUNK):
-        _, _, _, q_tiles, _, tiles, _, _ = _facts(
-            cu_q_ptr, lengths_ptr, at + some, rows, window, long_from, BQ, TILE, SEGMENT, MOST, WINDOWED
+    for chunk in range(0, ROWS, _CHUNK):
+        _, _, _, _, tiles, _, _ = _facts(
+            cu_q_ptr, lengths_ptr, chunk + some, ROWS, WINDOW, FEW, TILE, SEGMENT, MOST, WINDOWED
         )
-        total += tl.sum(q_tiles * tiles)
-    few = total * K // spread
-    before, slots, every = 0, 0, 0
-    for at in range(0, rows, _CHUNK):
-        row = at + some
-        _, _, _, q_tiles, _, tiles, _, segments = _facts(
-            cu_q_ptr, lengths_ptr, row, rows, window, long_from, BQ, TILE, SEGMENT, MOST, WINDOWED
+        total += tl.sum(tiles)
+    per = tl.maximum((total + RANGES - 1) // RANGES, 1)
+    before, place, slot, previous = 0, 0, 0, -1
+    for chunk in range(0, mine, _CHUNK):
+        row = chunk + some
+        _, count, _, _, tiles, segment, segments = _facts(
+            cu_q_ptr, lengths_ptr, row, mine, WINDOW, FEW, TILE, SEGMENT, MOST, WINDOWED
         )
-        whole = (segments <= 1) | (tiles <= few)
-        items = q_tiles * tl.where(whole, 1, segments)
-        every += tl.sum(items)
-        items = tl.where(row < mine, items, 0)
-        before += tl.sum(items)
-        slots += tl.sum(tl.where(whole, 0, items))
-    if mine == 0:
-        tl.store(head_ptr, every)
+        at = before + tl.cumsum(tiles) - tiles
+        _, last, runs, _, slots = _cut(at, count, segment, segments, per, RANGES)
+        before += tl.sum(tiles)
+        place += tl.sum(runs)
+        slot += tl.sum(slots)
+        previous = tl.maximum(previous, tl.max(tl.where(runs > 0, last, -1)))
 
-    token, count, length, q_tiles, first, tiles, segment, segments = _facts(
-        cu_q_ptr, lengths_ptr, mine, rows, window, long_from, BQ, TILE, SEGMENT, MOST, WINDOWED
+    token, count, length, first_tile, tiles, segment, segments = _facts(
+        cu_q_ptr, lengths_ptr, mine, ROWS, WINDOW, FEW, TILE, SEGMENT, MOST, WINDOWED
     )
-    whole = (segments <= 1) | (tiles <= few)
-    parts = tl.where(whole, 1, segments)
-    heads = tl.arange(0, KP)
+    first, last, runs, head, slots = _cut(before, count, segment, segments, per, RANGES)
     lane = tl.arange(0, 64)
-    for at in range(0, q_tiles * parts, 64):
-        i = at + lane
-        there = i < q_tiles * parts
-        q_tile, part = i // parts, i % parts
-        item_ptr = items_ptr + (before + i) * _ITEM
-        start = first + part * segment
-        slot = slots + q_tile * parts
-        tl.store(item_ptr, mine + tl.zeros_like(i), mask=there)
-        tl.store(item_ptr + 1, token + q_tile * BQ, mask=there)
-        tl.store(item_ptr + 2, length - count + q_tile * BQ, mask=there)
-        tl.store(item_ptr + 3, tl.minimum(count - q_tile * BQ, BQ), mask=there)
-        tl.store(item_ptr + 4, start, mask=there)
-        tl.store(item_ptr + 5, tl.where(whole, first + tiles, tl.minimum(start + segment, first + tiles)), mask=there)
-        tl.store(item_ptr + 6, tl.where(whole, -1, slot), mask=there)
-        tl.store(item_ptr + 7, part, mask=there)
-        tl.store(item_ptr + 8, segments + tl.zeros_like(i), mask=there)
-        tl.store(item_ptr + 9, segment + tl.zeros_like(i), mask=there)
-        counter_ptr = arrived_ptr + slot[:, None] * K + heads[None, :]
-        first_part = there & (part == 0) & (not whole)
-        tl.store(counter_ptr, tl.zeros((64, KP), tl.int32), mask=first_part[:, None] & (heads < K)[None, :])
+    for start in range(0, runs, 64):
+        run = start + lane
+        of = tl.where(segment >= per, tl.minimum((before + run * segment) // per, RANGES - 1), first + run)
+        _put(
+            items_ptr + (RANGES + place + run) * _ITEM, run < runs, run, mine, token, count, length, first_tile, tiles,
+            segment, segments, before, first, runs, head, slot, slots, per, place, of,
+        )  # fmt: skip
+    last = tl.where(runs > 0, last, previous)
+    for start in range(previous + 1, last + 1, 64):
+        of = start + lane
+        run = tl.where(segment >= per, tl.maximum(of * per - before + segment - 1, 0) // segment, of - first)
+        run = tl.maximum(run, 0)
+        hit = tl.where(segment >= per, tl.minimum((before + run * segment) // per, RANGES - 1) == of, of >= first)
+        hit = hit & (run < runs)
+        _put(
+            items_ptr + of * _ITEM, hit & (of <= last), run, mine, token, count, length, first_tile, tiles,
+            segment, segments, before, first, runs, head, slot, slots, per, place, of,
+        )  # fmt: skip
+        _nothing(items_ptr + of * _ITEM, (not hit) & (of <= last))
+    if mine == ROWS - 1:
+        for start in range(last + 1, RANGES, 64):
+            of = start + lane
+            _nothing(items_ptr + of * _ITEM, of < RANGES)
+        tl.store(items_ptr + (RANGES + place + runs) * _ITEM + 13, -1)
+    heads = tl.arange(0, KP)
+    tl.store(arrived_ptr + slot * K + heads, tl.zeros((KP,), tl.int32), mask=(heads < K) & (slots > 0))
 
 
-@triton.jit(do_not_specialize=["rows", "long_from"])
-def tile_items(cu_q_ptr, lengths_ptr, items_ptr, head_ptr, rows, long_from, BQ: tl.constexpr):
+@triton.jit
+def _nothing(ptr, there):
+    """Items without tokens, for ranges without any: what they say comes next is of another range."""
+    zero = tl.zeros((64,), tl.int32)
+    for number in tl.static_range(_ITEM):
+        tl.store(ptr + number, zero - 1 if number == 6 or number == 12 else zero, mask=there)
+
+
+@Kernel
+def tile_items(
+    cu_q_ptr, lengths_ptr, items_ptr, head_ptr, ROWS, FEW: tl.constexpr, BQ: tl.constexpr, PDL: tl.constexpr
+):
     """One program for each row. An item: row, first token, its position, tokens. Within a row the last tile comes
     first: it has the most keys. `head_ptr` gets the count of items."""
+    release(PDL)
+    wait(PDL)
     mine = tl.program_id(0)
     some = tl.arange(0, _CHUNK)
     before, every = 0, 0
-    for at in range(0, rows, _CHUNK):
+    for at in range(0, ROWS, _CHUNK):
         row = at + some
-        start = tl.load(cu_q_ptr + row, mask=row < rows, other=0)
-        count = tl.load(cu_q_ptr + row + 1, mask=row < rows, other=0) - start
-        items = tl.where(count >= long_from, (count + BQ - 1) // BQ, 0)
+        start = tl.load(cu_q_ptr + row, mask=row < ROWS, other=0)
+        count = tl.load(cu_q_ptr + row + 1, mask=row < ROWS, other=0) - start
+        items = tl.where(count > FEW, (count + BQ - 1) // BQ, 0)
         every += tl.sum(items)
         before += tl.sum(tl.where(row < mine, items, 0))
     if mine == 0:
@@ -124,7 +185,7 @@ def tile_items(cu_q_ptr, lengths_ptr, items_ptr, head_ptr, rows, long_from, BQ: 
     token = tl.load(cu_q_ptr + mine)
     count = tl.load(cu_q_ptr + mine + 1) - token
     length = tl.load(lengths_ptr + mine)
-    items = tl.where(count >= long_from, (count + BQ - 1) // BQ, 0)
+    items = tl.where(count > FEW, (count + BQ - 1) // BQ, 0)
     lane = tl.arange(0, 64)
     for at in range(0, items, 64):
         i = at + lane

@@ -130,8 +130,8 @@ def ragged_batch(inputs: RaggedInputs, rows: Rows, out: RaggedBuffers) -> None:
         _ragged_rows((count, 1, 1), tensors, (pages_XP.shape[1],), constants, warps=1)
     for g, (pages_XP, slots_T) in enumerate(zip(rows.pages_XP, out.slots_T, strict=True)):
         tensors = (
-            inputs.rows_R, out.starts_R, inputs.cu_q, inputs.tokens_T, inputs.of_T, rows.last_X, rows.offset_X, pages_XP,
-            out.tokens_T, out.positions_T, slots_T,
+            inputs.rows_R, out.starts_R, inputs.cu_q, inputs.tokens_T, inputs.of_T, rows.last_X, rows.offset_X,
+            pages_XP, out.tokens_T, out.positions_T, slots_T,
         )  # fmt: skip
         constants = (rows.block_size, g == 0, 128)
         _ragged_tokens((ceil(tokens, 128), 1, 1), tensors, (tokens, pages_XP.shape[1]), constants, warps=1)
