@@ -14,7 +14,7 @@ a threshold follows from counts and from masses that are whole numbers; floats o
 Shape legend: S rows, V vocabulary, P parts of a row, N blocks of a row, L length of a list.
 """
 
-# pyright: reportPossiblyUnboundVariable=false
+# pyright: reportPossiblyUnboundVariable=false, reportGeneralTypeIssues=false
 from __future__ import annotations
 
 from functools import partial
