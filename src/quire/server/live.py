@@ -36,8 +36,8 @@ class Latencies(BaseModel):
 
 
 class Engine(BaseModel):
-    """The engine's statistics; counters run since its start. Blocks are used + cached + free = total. `deferred`: of those
-    that wait, how many wait for their grammars."""
+    """The engine's statistics; counters run since its start. Blocks are used + cached + free = total. `deferred`: how
+    many of those that wait do so for their grammars."""
 
     blocks_total: int
     blocks_used: int
