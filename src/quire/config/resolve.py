@@ -79,7 +79,9 @@ def resolve(args: EngineArgs, *, machine: Machine | None = None, usage: str = "l
         scheduler=_scheduler(args, device, machine, max_model_len, parallel.world_size, usage),
         parallel=parallel,
         load=LoadConfig(load_format=args.load_format, download_dir=args.download_dir, revision=args.revision),
-        device=DeviceConfig(device=device, threads=_threads(args, machine, parallel.world_size), ops=_ops(args, device)),
+        device=DeviceConfig(
+            device=device, threads=_threads(args, machine, parallel.world_size), ops=_ops(args, device)
+        ),
         observability=ObservabilityConfig(
             disable_log_stats=args.disable_log_stats,
             log_level=level_name(args.log_level),

@@ -12,6 +12,6 @@ from quire.ops.dispatch import REGISTRY
 
 ATTENTION = REGISTRY.op("attention", attention)
 native.register(ATTENTION, "supports_attention")
-triton.register(ATTENTION, "attention:attention")
+triton.register(ATTENTION, "attention:attention", "supports_attention")
 
 __all__ = ["ATTENTION", "AttentionMeta", "GroupMeta", "attention"]

@@ -12,13 +12,14 @@ from importlib import import_module
 from quire.ops.dispatch import Case, Op
 
 PRIORITY = 5
+ASKED_FOR = -2  # behind the reference, which serves everything
 
 
-def register(op: Op, target: str, supports: str = "refusal") -> None:
+def register(op: Op, target: str, supports: str = "refusal", name: str = "triton") -> None:
     """Registers "module:function" of this package for `op`; `supports` names the function of `support.py` that says why
-    not. Both are imported when they are asked for."""
+    not. Both are imported when they are asked for. Under another name than "triton" it serves who asks for it alone."""
 
     def ask(case: Case) -> str | None:
         return getattr(import_module("quire.ops.triton.support"), supports)(case)
 
-    op.register("triton", f"quire.ops.triton.{target}", ask, PRIORITY)
+    op.register(name, f"quire.ops.triton.{target}", ask, PRIORITY if name == "triton" else ASKED_FOR)

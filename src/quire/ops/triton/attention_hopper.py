@@ -1,12 +1,14 @@
-"""Attention of rows of many tokens on Hopper, written for its matrix units: what `attention_tiles.py` computes, by hand.
+"""Attention of rows of many tokens on Hopper, for its matrix units: what `attention_tiles.py` computes, by hand.
 
 Owns: the schedule. While the matrix units work on a tile's sums and the next tile's products, the weights of the next
-tile are computed; keys and values are copied two tiles ahead. Triton's own pipeline does one after the other. For 16-bit
-floats without softcap and slopes; GPUs only, so the interpreter cannot run it.
+tile are computed; keys and values are copied two tiles ahead. Triton's own pipeline does one after the other. For
+16-bit floats without softcap and slopes; GPUs only: the interpreter cannot run it.
 Shape legend: M rows of a tile (tokens x G query heads, filled up), N keys of a tile, E head size, B tokens of a block.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -16,8 +18,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from quire.ops.triton.attention_work import ITEM
+from quire.ops.triton.launch import Kernel
 
 _ITEM = gl.constexpr(ITEM)
 
@@ -38,14 +42,77 @@ def _copy(
     async_copy.async_copy_global_to_shared(to, ptr + (place[:, None] + e[None, :]), mask=live[:, None])
 
 
-@gluon.jit(do_not_specialize=["table_stride", "window"])
+def _kernel(function: Callable[..., None]) -> Kernel:
+    return Kernel(function, jit=gluon.jit)
+
+
+@gluon.jit
+def _seen(s, t, at, key, WINDOW, N: gl.constexpr, WINDOWED: gl.constexpr):
+    j = (t * N + key)[None, :]
+    seen = j <= at[:, None]
+    if WINDOWED:
+        seen = seen & (j > at[:, None] - WINDOW)
+    return gl.where(seen, s, float("-inf"))
+
+
+@gluon.jit
+def _weigh(s, m, scale: gl.constexpr):
+    """Weights of the keys of a tile, the maximum so far, and what its change makes of the sums so far."""
+    top = gl.maximum(m, gl.max(s, 1) * scale)
+    zero = gl.where(top == float("-inf"), 0.0, top)
+    factor = gl.full(s.shape, scale, gl.float32, s.type.layout)
+    return gl.exp2(gl.fma(s, factor, gl.zeros_like(s) - zero[:, None])), top, gl.exp2(m - zero)
+
+
+@gluon.jit
+def _sweep(
+    m, norm, acc, p, page_v, page_k, nothing, order_s, q_s, k_s, v_s, keys_ptr, values_ptr, pages_ptr, start, begin, stop, at, key,
+    lane, e,
+    first, last, WINDOW, scale: gl.constexpr, K: gl.constexpr, E: gl.constexpr, B: gl.constexpr, N: gl.constexpr,
+    WIDE: gl.constexpr, WINDOWED: gl.constexpr, MASKED: gl.constexpr,
+):  # fmt: skip
+    """Tiles `begin` to `stop` of the sums, and the products of the tiles after them, which are masked or not."""
+    kind: gl.constexpr = k_s.dtype
+    for t in range(begin, stop):
+        turn = (t - start) % 2
+        async_copy.wait_group(1)
+        fence_async_shared()
+        gl.thread_barrier()
+
+        s = warpgroup_mma(q_s, k_s.index(1 - turn).permute((1, 0)), nothing, use_acc=False, is_async=True)
+        acc = warpgroup_mma(p, v_s.index(turn), acc, is_async=True)
+        s = warpgroup_mma_wait(1, deps=[s])
+        if MASKED:
+            s = _seen(s, t + 1, at, key, WINDOW, N, WINDOWED)
+        weight, m, shrink = _weigh(s, m, scale)
+        norm = gl.fma(norm, shrink, gl.sum(weight, 1))
+        p_new = gl.convert_layout(weight.to(kind), p.type.layout)
+        order_s.store(norm)
+        # What is to be done meanwhile goes through the wait: else the compiler would put it behind.
+        acc, p, p_new, shrink = warpgroup_mma_wait(0, deps=[acc, p, p_new, shrink])
+        gl.thread_barrier()
+        j = t * N + lane
+        _copy(k_s.index(1 - turn), keys_ptr, page_k, j + 3 * N, e, first, last, K, E, B, WIDE)
+        _copy(v_s.index(turn), values_ptr, page_v, j + 2 * N, e, first, last, K, E, B, WIDE)
+        async_copy.commit_group()
+        page_v = page_k
+        page_k = _pages(pages_ptr, j + 4 * N, first, last, B)
+        acc = acc * gl.convert_layout(shrink, gl.SliceLayout(1, acc.type.layout))[:, None]
+        p = p_new
+    return m, norm, acc, p, page_v, page_k
+
+
+@_kernel
 def tile_attention_hopper(
-    q_ptr, kv_ptr, table_ptr, slopes_ptr, out_ptr, items_ptr, head_ptr,
-    value_offset, q_token_stride, q_head_stride, table_stride, scale, softcap, window,
-    H: gl.constexpr, K: gl.constexpr, E: gl.constexpr, B: gl.constexpr, M: gl.constexpr, N: gl.constexpr,
-    WIDE: gl.constexpr, WINDOWED: gl.constexpr, WARPS: gl.constexpr,
+    q_ptr, kv_ptr, table_ptr, slopes_ptr, out_ptr, items_ptr, head_ptr, TABLE, WINDOW,
+    value_offset: gl.constexpr, q_token: gl.constexpr, q_head: gl.constexpr, scale: gl.constexpr, H: gl.constexpr,
+    K: gl.constexpr, E: gl.constexpr, B: gl.constexpr, WIDE: gl.constexpr, WINDOWED: gl.constexpr, M: gl.constexpr,
+    N: gl.constexpr, WARPS: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """As `tile_attention`, of which it takes the arguments."""
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
     G: gl.constexpr = H // K
     kind: gl.constexpr = q_ptr.dtype.element_ty
     ACROSS: gl.constexpr = E // 8
@@ -58,6 +125,7 @@ def tile_attention_hopper(
     q_s = gl.allocate_shared_memory(kind, [M, E], shared)
     k_s = gl.allocate_shared_memory(kind, [2, N, E], shared)
     v_s = gl.allocate_shared_memory(kind, [2, N, E], shared)
+    order_s = gl.allocate_shared_memory(gl.float32, [M], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     rows = gl.arange(0, M, gl.SliceLayout(1, loads))
     e = gl.arange(0, E, gl.SliceLayout(0, loads))
     lane = gl.arange(0, N, gl.SliceLayout(1, loads))
@@ -74,10 +142,10 @@ def tile_attention_hopper(
         count = gl.load(item_ptr + 3)
         own = rows < count * G
         h = head * G + rows % G
-        q_at = (token + rows // G) * q_token_stride + h * q_head_stride
+        q_at = (token + rows // G) * q_token + h * q_head
         q = gl.load(q_ptr + q_at[:, None] + e[None, :], mask=own[:, None], other=0.0)
 
-        pages_ptr = table_ptr + row * table_stride
+        pages_ptr = table_ptr + row * TABLE
         keys_ptr = kv_ptr + head * E
         values_ptr = keys_ptr + value_offset
         last = position + count
@@ -85,8 +153,8 @@ def tile_attention_hopper(
         first = 0
         seen_by_all = 0  # the first tile of keys that are within every query's window
         if WINDOWED:
-            first = gl.maximum(position + 1 - window, 0)
-            seen_by_all = (gl.maximum(last - window, 0) + N - 1) // N
+            first = gl.maximum(position + 1 - WINDOW, 0)
+            seen_by_all = (gl.maximum(last - WINDOW, 0) + N - 1) // N
         start = first // N
         stop = (last + N - 1) // N
 
@@ -116,47 +184,31 @@ def tile_attention_hopper(
         page_v = page_2
         page_k = _pages(pages_ptr, j + 3 * N, first, last, B)
 
-        if (start >= middle) | (start < seen_by_all):
-            seen = (start * N + key)[None, :] <= at[:, None]
-            if WINDOWED:
-                seen = seen & ((start * N + key)[None, :] > at[:, None] - window)
-            s = gl.where(seen, s, float("-inf"))
-        m = gl.max(s, 1) * scale
-        zero = gl.where(m == float("-inf"), 0.0, m)
-        weight = gl.exp2(gl.fma(s, gl.full([M, N], scale, gl.float32, products), -zero[:, None] + nothing))
+        s = _seen(s, start, at, key, WINDOW, N, WINDOWED)
+        m = gl.full([M], float("-inf"), gl.float32, gl.SliceLayout(1, products))
+        weight, m, _ = _weigh(s, m, scale)
         norm = gl.sum(weight, 1)
         p = gl.convert_layout(weight.to(kind), weights)
         acc = gl.zeros([M, E], gl.float32, sums)
-
-        for t in range(start, stop):
-            turn = (t - start) % 2
-            async_copy.wait_group(1)
-            fence_async_shared()
-            gl.thread_barrier()
-            s_new = warpgroup_mma(q_s, k_s.index(1 - turn).permute((1, 0)), nothing, use_acc=False, is_async=True)
-            sums_new = warpgroup_mma(p, v_s.index(turn), acc, is_async=True)
-            s = warpgroup_mma_wait(1, deps=[s_new])
-            if (t + 1 >= middle) | (t + 1 < seen_by_all):
-                seen = (t * N + N + key)[None, :] <= at[:, None]
-                if WINDOWED:
-                    seen = seen & ((t * N + N + key)[None, :] > at[:, None] - window)
-                s = gl.where(seen, s, float("-inf"))
-            top = gl.maximum(m, gl.max(s, 1) * scale)
-            zero = gl.where(top == float("-inf"), 0.0, top)
-            weight = gl.exp2(gl.fma(s, gl.full([M, N], scale, gl.float32, products), -zero[:, None] + nothing))
-            shrink = gl.exp2(m - zero)
-            m = top
-            norm = gl.fma(norm, shrink, gl.sum(weight, 1))
-            acc, p = warpgroup_mma_wait(0, deps=[sums_new, p])
-            gl.thread_barrier()
-            j = t * N + lane
-            _copy(k_s.index(1 - turn), keys_ptr, page_k, j + 3 * N, e, first, last, K, E, B, WIDE)
-            _copy(v_s.index(turn), values_ptr, page_v, j + 2 * N, e, first, last, K, E, B, WIDE)
-            async_copy.commit_group()
-            page_v = page_k
-            page_k = _pages(pages_ptr, j + 4 * N, first, last, B)
-            acc = acc * gl.convert_layout(shrink, gl.SliceLayout(1, sums))[:, None]
-            p = gl.convert_layout(weight.to(kind), weights)
+        # A tile's sums go with the products of the next one.
+        begin = start
+        end = gl.maximum(middle - 1, start)
+        if WINDOWED:
+            whole = gl.minimum(gl.maximum(seen_by_all - 1, start), end)
+            m, norm, acc, p, page_v, page_k = _sweep(
+                m, norm, acc, p, page_v, page_k, nothing, order_s, q_s, k_s, v_s, keys_ptr, values_ptr, pages_ptr, start, begin, whole,
+                at, key, lane, e, first, last, WINDOW, scale, K, E, B, N, WIDE, WINDOWED, True,
+            )  # fmt: skip
+            begin = whole
+        end = gl.minimum(end, stop)
+        m, norm, acc, p, page_v, page_k = _sweep(
+            m, norm, acc, p, page_v, page_k, nothing, order_s, q_s, k_s, v_s, keys_ptr, values_ptr, pages_ptr, start, begin, end,
+            at, key, lane, e, first, last, WINDOW, scale, K, E, B, N, WIDE, WINDOWED, False,
+        )  # fmt: skip
+        m, norm, acc, p, page_v, page_k = _sweep(
+            m, norm, acc, p, page_v, page_k, nothing, order_s, q_s, k_s, v_s, keys_ptr, values_ptr, pages_ptr, start, end, stop,
+            at, key, lane, e, first, last, WINDOW, scale, K, E, B, N, WIDE, WINDOWED, True,
+        )  # fmt: skip
         async_copy.wait_group(0)
 
         norm = gl.convert_layout(norm, gl.SliceLayout(1, sums))

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from quire.ops.triton.attention_work import ITEM
+from quire.ops.triton.launch import Kernel, release, wait
 
 _ITEM = tl.constexpr(ITEM)
 _LOG2E = tl.constexpr(1.4426950408889634)
@@ -71,13 +72,13 @@ def _leave(
     tl.store(parts_ptr + (place * SHARED + rows)[:, None] * EP + e[None, :], acc, mask=(rows < SHARED)[:, None])
 
 
-@triton.jit(do_not_specialize=["table_stride", "window", "ranges"])
+@Kernel
 def split_attention(
-    q_ptr, kv_ptr, table_ptr, slopes_ptr, out_ptr, items_ptr, arrived_ptr, parts_ptr, tops_ptr,
-    value_offset, q_token_stride, q_head_stride, table_stride, scale, softcap, window, ranges,
-    H: tl.constexpr, K: tl.constexpr, E: tl.constexpr, EP: tl.constexpr, B: tl.constexpr, EXACT: tl.constexpr,
-    WIDE: tl.constexpr, WINDOWED: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, BQ: tl.constexpr,
-    M: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr,
+    q_ptr, kv_ptr, table_ptr, slopes_ptr, out_ptr, items_ptr, arrived_ptr, parts_ptr, tops_ptr, TABLE, WINDOW, RANGES,
+    value_offset: tl.constexpr, q_token: tl.constexpr, q_head: tl.constexpr, scale: tl.constexpr,
+    softcap: tl.constexpr, H: tl.constexpr, K: tl.constexpr, E: tl.constexpr, EP: tl.constexpr, B: tl.constexpr,
+    EXACT: tl.constexpr, WIDE: tl.constexpr, WINDOWED: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr,
+    BQ: tl.constexpr, M: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program for each range and KV head.
 
@@ -85,6 +86,8 @@ def split_attention(
     two) and sums of weights, of the segments of rows that several programs share. Who arrives last at such a row folds
     them in order, and leaves the counter at zero for the next layer.
     """
+    release(PDL)
+    wait(PDL)
     G: tl.constexpr = H // K
     SHARED: tl.constexpr = BQ * G
     precision: tl.constexpr = "ieee" if EXACT else "tf32"
@@ -110,11 +113,11 @@ def split_attention(
         slots = tl.load(item_ptr + 9)
         runs = tl.load(item_ptr + 10)
         segment = tl.load(item_ptr + 11)
-        index = ranges + tl.load(item_ptr + 12) + 1
+        index = RANGES + tl.load(item_ptr + 12) + 1
 
         own = rows < count * G
         h = head * G + rows % G
-        q_at = (token + rows // G) * q_token_stride + h * q_head_stride
+        q_at = (token + rows // G) * q_token + h * q_head
         there = own[:, None] if E == EP else own[:, None] & (e < E)[None, :]
         q = tl.load(q_ptr + q_at[:, None] + e[None, :], mask=there, other=0.0).to(kind)
         at = position + rows // G
@@ -126,9 +129,9 @@ def split_attention(
         m_all, norm_all, acc_all = m, norm, acc
         left = segment
         place = slot.to(tl.int64) * K + head
-        pages_ptr = table_ptr + row * table_stride
+        pages_ptr = table_ptr + row * TABLE
         last = position + count
-        first = tl.maximum(position + 1 - window, 0) if WINDOWED else 0
+        first = tl.maximum(position + 1 - WINDOW, 0) if WINDOWED else 0
         page = pages_of(pages_ptr, start * TILE + lane, first, last, B)
         for t in tl.range(start, stop, num_stages=STAGES):
             j = t * TILE + lane
@@ -146,7 +149,7 @@ def split_attention(
             if BQ > 1:
                 seen &= j[None, :] <= at[:, None]
                 if WINDOWED:
-                    seen &= j[None, :] > at[:, None] - window
+                    seen &= j[None, :] > at[:, None] - WINDOW
             p, m, shrink = weigh(tl.where(seen, s, float("-inf")), m, 1.0 if SOFTCAP or ALIBI else scale)
             norm = tl.fma(norm, shrink, tl.sum(p, 1))
             acc = tl.dot(p.to(kind), v, acc * shrink[:, None], input_precision=precision)
@@ -205,9 +208,9 @@ def _finish(
             place = (slot + x + y).to(tl.int64) * K + head
             top_ptr = tops_ptr + place * (2 * SHARED) + rows
             part_ptr = parts_ptr + (place * SHARED + rows)[:, None] * EP + e[None, :]
-            tops = tops + (tl.load(top_ptr, mask=there, other=float("-inf"), cache_modifier=".cg"),)
-            totals = totals + (tl.load(top_ptr + SHARED, mask=there, other=0.0, cache_modifier=".cg"),)
-            sums = sums + (tl.load(part_ptr, mask=there[:, None], other=0.0, cache_modifier=".cg"),)
+            tops += (tl.load(top_ptr, mask=there, other=float("-inf"), cache_modifier=".cg"),)
+            totals += (tl.load(top_ptr + SHARED, mask=there, other=0.0, cache_modifier=".cg"),)
+            sums += (tl.load(part_ptr, mask=there[:, None], other=0.0, cache_modifier=".cg"),)
         for y in tl.static_range(8):
             m, norm, acc = fold(m, norm, acc, tops[y], totals[y], sums[y])
     out = acc / tl.where(norm == 0.0, 1.0, norm)[:, None]

@@ -1,8 +1,8 @@
 """Attention of rows of many tokens over pages: tiles of queries, all query heads of a KV head together.
 
-Owns: the kernel that computes the items of `attention_work.tile_items`. A query's result depends on its row's keys alone,
-neither on the tile that it is in nor on how the prompt was cut into steps: tiles of keys start at multiples of N, and
-what a query does not see changes nothing.
+Owns: the kernel that computes the items of `attention_work.tile_items`. A query's result depends on its row's keys
+alone, neither on the tile that it is in nor on how the prompt was cut into steps: tiles of keys start at multiples of N,
+and what a query does not see changes nothing.
 Shape legend: M rows of a tile (tokens x G query heads, filled up), N keys of a tile, E head size, B tokens of a block.
 """
 
@@ -13,6 +13,7 @@ import triton.language as tl
 
 from quire.ops.triton.attention_split import bent, pages_of, weigh
 from quire.ops.triton.attention_work import ITEM
+from quire.ops.triton.launch import Kernel, release, wait
 
 _ITEM = tl.constexpr(ITEM)
 
@@ -21,7 +22,8 @@ _ITEM = tl.constexpr(ITEM)
 def _sweep(
     m, norm, acc, q, kv_ptr, pages_ptr, value_offset, head, start, stop, at, slope, first, last, scale, softcap, window,
     K: tl.constexpr, E: tl.constexpr, EP: tl.constexpr, B: tl.constexpr, N: tl.constexpr, EXACT: tl.constexpr,
-    WIDE: tl.constexpr, MASKED: tl.constexpr, WINDOWED: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, STAGES: tl.constexpr,
+    WIDE: tl.constexpr, MASKED: tl.constexpr, WINDOWED: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """Tiles of keys from `start` to `stop`; masked ones read keys from `first` to `last` only."""
     precision: tl.constexpr = "ieee" if EXACT else "tf32"
@@ -55,16 +57,18 @@ def _sweep(
     return m, norm, acc
 
 
-@triton.jit(do_not_specialize=["table_stride", "window"])
+@Kernel
 def tile_attention(
-    q_ptr, kv_ptr, table_ptr, slopes_ptr, out_ptr, items_ptr, head_ptr,
-    value_offset, q_token_stride, q_head_stride, table_stride, scale, softcap, window,
-    H: tl.constexpr, K: tl.constexpr, E: tl.constexpr, EP: tl.constexpr, B: tl.constexpr, M: tl.constexpr,
-    N: tl.constexpr, EXACT: tl.constexpr, WIDE: tl.constexpr, WINDOWED: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr,
-    STAGES: tl.constexpr,
+    q_ptr, kv_ptr, table_ptr, slopes_ptr, out_ptr, items_ptr, head_ptr, TABLE, WINDOW,
+    value_offset: tl.constexpr, q_token: tl.constexpr, q_head: tl.constexpr, scale: tl.constexpr,
+    softcap: tl.constexpr, H: tl.constexpr, K: tl.constexpr, E: tl.constexpr, EP: tl.constexpr, B: tl.constexpr,
+    EXACT: tl.constexpr, WIDE: tl.constexpr, WINDOWED: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Each program takes items in turns, KV head by KV head; where there are as many programs as items, one each.
     `scale` must be positive."""
+    release(PDL)
+    wait(PDL)
     G: tl.constexpr = H // K
     kind = tl.float32 if EXACT else kv_ptr.dtype.element_ty
     rows = tl.arange(0, M)
@@ -80,13 +84,13 @@ def tile_attention(
         own = rows < count * G
         h = head * G + rows % G
         there = own[:, None] & (e < E)[None, :]
-        q_at = (token + rows // G) * q_token_stride + h * q_head_stride
+        q_at = (token + rows // G) * q_token + h * q_head
         q = tl.load(q_ptr + q_at[:, None] + e[None, :], mask=there, other=0.0).to(kind)
         at = position + rows // G
         slope = tl.load(slopes_ptr + h, mask=own, other=0.0).to(tl.float32) if ALIBI else 0.0
 
         # All queries see the tiles in the middle whole; some see parts of those before (a window) and behind.
-        pages_ptr = table_ptr + row * table_stride
+        pages_ptr = table_ptr + row * TABLE
         last = position + count
         stop = (last + N - 1) // N
         middle = (position + 1) // N
@@ -96,19 +100,19 @@ def tile_attention(
         first = 0
         start = 0
         if WINDOWED:
-            first = tl.maximum(position + 1 - window, 0)
-            start = tl.minimum((tl.maximum(last - window, 0) + N - 1) // N, middle)
+            first = tl.maximum(position + 1 - WINDOW, 0)
+            start = tl.minimum((tl.maximum(last - WINDOW, 0) + N - 1) // N, middle)
             m, norm, acc = _sweep(
                 m, norm, acc, q, kv_ptr, pages_ptr, value_offset, head, first // N, start, at, slope, first, last,
-                scale, softcap, window, K, E, EP, B, N, EXACT, WIDE, True, WINDOWED, SOFTCAP, ALIBI, STAGES,
+                scale, softcap, WINDOW, K, E, EP, B, N, EXACT, WIDE, True, WINDOWED, SOFTCAP, ALIBI, STAGES,
             )  # fmt: skip
         m, norm, acc = _sweep(
             m, norm, acc, q, kv_ptr, pages_ptr, value_offset, head, start, middle, at, slope, first, last,
-            scale, softcap, window, K, E, EP, B, N, EXACT, WIDE, False, WINDOWED, SOFTCAP, ALIBI, STAGES,
+            scale, softcap, WINDOW, K, E, EP, B, N, EXACT, WIDE, False, WINDOWED, SOFTCAP, ALIBI, STAGES,
         )  # fmt: skip
         m, norm, acc = _sweep(
             m, norm, acc, q, kv_ptr, pages_ptr, value_offset, head, middle, stop, at, slope, first, last,
-            scale, softcap, window, K, E, EP, B, N, EXACT, WIDE, True, WINDOWED, SOFTCAP, ALIBI, STAGES,
+            scale, softcap, WINDOW, K, E, EP, B, N, EXACT, WIDE, True, WINDOWED, SOFTCAP, ALIBI, STAGES,
         )  # fmt: skip
 
         out = acc / tl.where(norm == 0.0, 1.0, norm)[:, None]

@@ -4,18 +4,20 @@ Owns: two lists that the layers of a step share. `split_items`: rows of few toke
 `attention_split.py`. `tile_items`: tiles of queries of the other rows for `attention_tiles.py`. No number comes back to
 the host, so a graph can capture the making of the lists and replay it over other lengths.
 
-The keys of a row of few tokens are read in tiles; some tiles, a number that depends on the row alone, are a segment, and
-the result of a row is the left fold of its segments. The tiles of all rows, one row after the other, are cut into as
-many equal ranges as there are programs for a head; a range begins where a segment does. What a range holds of a row is a
-run: an item of work. The first run of a row folds its segments as it goes; the others leave each segment by itself, and
-who finishes a row's last run folds what there is. So work is spread evenly whatever the lengths, and the bits of a row
-do not depend on where it was cut.
+The keys of a row of few tokens are read in tiles; some tiles, a number that depends on the row alone, are a segment,
+and the result of a row is the left fold of its segments. The tiles of all rows, one row after the other, are cut into
+as many equal ranges as there are programs for a head; a range begins where a segment does. What a range holds of a row
+is a run: an item of work. The first run of a row folds its segments as it goes; the others leave each segment by
+itself, and who finishes a row's last run folds what there is. So work is spread evenly whatever the lengths, and the
+bits of a row do not depend on where it was cut.
 """
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+from quire.ops.triton.launch import Kernel, release, wait
 
 ITEM = 16  # int32 numbers of an item
 _ITEM = tl.constexpr(ITEM)
@@ -24,8 +26,8 @@ _CHUNK = tl.constexpr(1024)
 
 @triton.jit
 def _facts(
-    cu_q_ptr, lengths_ptr, row, rows, window, long_from,
-    TILE: tl.constexpr, SEGMENT: tl.constexpr, MOST: tl.constexpr, WINDOWED: tl.constexpr,
+    cu_q_ptr, lengths_ptr, row, rows, window,
+    FEW: tl.constexpr, TILE: tl.constexpr, SEGMENT: tl.constexpr, MOST: tl.constexpr, WINDOWED: tl.constexpr,
 ):  # fmt: skip
     """Of rows: first token, count of tokens (0: not here, or not a short row), length, first tile of keys, tiles of
     keys, tiles of a segment, segments (at least one)."""
@@ -33,7 +35,7 @@ def _facts(
     token = tl.load(cu_q_ptr + row, mask=known, other=0)
     count = tl.load(cu_q_ptr + row + 1, mask=known, other=0) - token
     length = tl.load(lengths_ptr + row, mask=known, other=0)
-    count = tl.where(count < long_from, count, 0)
+    count = tl.where(count <= FEW, count, 0)
     first = tl.zeros_like(length)
     if WINDOWED:
         first = tl.maximum(length - count + 1 - window, 0) // TILE
@@ -56,8 +58,8 @@ def _cut(at, count, segment, segments, per, ranges):
 
 @triton.jit
 def _put(
-    ptr, there, run, row, token, count, length, first_tile, tiles, segment, segments, at, first, runs, head, slot, slots,
-    per, place, of,
+    ptr, there, run, row, token, count, length, first_tile, tiles, segment, segments, at, first, runs, head, slot,
+    slots, per, place, of,
 ):  # fmt: skip
     """Writes runs (a vector) of one row."""
     start = tl.where(segment >= per, run, ((first + run) * per - at + segment - 1) // segment)
@@ -81,52 +83,54 @@ def _put(
     tl.store(ptr + 13, of, mask=there)
 
 
-@triton.jit(do_not_specialize=["rows", "window", "long_from", "ranges"])
+@Kernel
 def split_items(
-    cu_q_ptr, lengths_ptr, items_ptr, arrived_ptr, rows, window, long_from, ranges,
-    K: tl.constexpr, KP: tl.constexpr, TILE: tl.constexpr, SEGMENT: tl.constexpr, MOST: tl.constexpr,
-    WINDOWED: tl.constexpr,
+    cu_q_ptr, lengths_ptr, items_ptr, arrived_ptr, ROWS, WINDOW, RANGES,
+    FEW: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, TILE: tl.constexpr, SEGMENT: tl.constexpr,
+    MOST: tl.constexpr, WINDOWED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program for each row. An item, by its numbers: 0 row, 1 first token, 2 its position, 3 tokens, 4 and 5 tiles
     of keys from and to, 6 first slot for partial results (-1: none, the run is the row), 7 number of the run, 8 first
     slot of the row, 9 slots of the row, 10 runs of the row, 11 tiles of a segment, 12 its place in the list, 13 its
     range.
 
-    The first `ranges` items are copies of the first of each range (no tokens: an empty one), the list begins behind them
+    The first RANGES items are copies of the first of each range (no tokens: an empty one), the list begins behind them
     and ends with an item of range -1. The counters of arrivals at shared rows are zeroed.
     """
+    release(PDL)
+    wait(PDL)
     mine = tl.program_id(0)
     some = tl.arange(0, _CHUNK)
     total = 0
-    for chunk in range(0, rows, _CHUNK):
+    for chunk in range(0, ROWS, _CHUNK):
         _, _, _, _, tiles, _, _ = _facts(
-            cu_q_ptr, lengths_ptr, chunk + some, rows, window, long_from, TILE, SEGMENT, MOST, WINDOWED
+            cu_q_ptr, lengths_ptr, chunk + some, ROWS, WINDOW, FEW, TILE, SEGMENT, MOST, WINDOWED
         )
         total += tl.sum(tiles)
-    per = tl.maximum((total + ranges - 1) // ranges, 1)
+    per = tl.maximum((total + RANGES - 1) // RANGES, 1)
     before, place, slot, previous = 0, 0, 0, -1
     for chunk in range(0, mine, _CHUNK):
         row = chunk + some
         _, count, _, _, tiles, segment, segments = _facts(
-            cu_q_ptr, lengths_ptr, row, mine, window, long_from, TILE, SEGMENT, MOST, WINDOWED
+            cu_q_ptr, lengths_ptr, row, mine, WINDOW, FEW, TILE, SEGMENT, MOST, WINDOWED
         )
         at = before + tl.cumsum(tiles) - tiles
-        _, last, runs, _, slots = _cut(at, count, segment, segments, per, ranges)
+        _, last, runs, _, slots = _cut(at, count, segment, segments, per, RANGES)
         before += tl.sum(tiles)
         place += tl.sum(runs)
         slot += tl.sum(slots)
         previous = tl.maximum(previous, tl.max(tl.where(runs > 0, last, -1)))
 
     token, count, length, first_tile, tiles, segment, segments = _facts(
-        cu_q_ptr, lengths_ptr, mine, rows, window, long_from, TILE, SEGMENT, MOST, WINDOWED
+        cu_q_ptr, lengths_ptr, mine, ROWS, WINDOW, FEW, TILE, SEGMENT, MOST, WINDOWED
     )
-    first, last, runs, head, slots = _cut(before, count, segment, segments, per, ranges)
+    first, last, runs, head, slots = _cut(before, count, segment, segments, per, RANGES)
     lane = tl.arange(0, 64)
     for start in range(0, runs, 64):
         run = start + lane
-        of = tl.where(segment >= per, tl.minimum((before + run * segment) // per, ranges - 1), first + run)
+        of = tl.where(segment >= per, tl.minimum((before + run * segment) // per, RANGES - 1), first + run)
         _put(
-            items_ptr + (ranges + place + run) * _ITEM, run < runs, run, mine, token, count, length, first_tile, tiles,
+            items_ptr + (RANGES + place + run) * _ITEM, run < runs, run, mine, token, count, length, first_tile, tiles,
             segment, segments, before, first, runs, head, slot, slots, per, place, of,
         )  # fmt: skip
     last = tl.where(runs > 0, last, previous)
@@ -134,18 +138,18 @@ def split_items(
         of = start + lane
         run = tl.where(segment >= per, tl.maximum(of * per - before + segment - 1, 0) // segment, of - first)
         run = tl.maximum(run, 0)
-        hit = tl.where(segment >= per, tl.minimum((before + run * segment) // per, ranges - 1) == of, of >= first)
+        hit = tl.where(segment >= per, tl.minimum((before + run * segment) // per, RANGES - 1) == of, of >= first)
         hit = hit & (run < runs)
         _put(
             items_ptr + of * _ITEM, hit & (of <= last), run, mine, token, count, length, first_tile, tiles,
             segment, segments, before, first, runs, head, slot, slots, per, place, of,
         )  # fmt: skip
         _nothing(items_ptr + of * _ITEM, (not hit) & (of <= last))
-    if mine == rows - 1:
-        for start in range(last + 1, ranges, 64):
+    if mine == ROWS - 1:
+        for start in range(last + 1, RANGES, 64):
             of = start + lane
-            _nothing(items_ptr + of * _ITEM, of < ranges)
-        tl.store(items_ptr + (ranges + place + runs) * _ITEM + 13, -1)
+            _nothing(items_ptr + of * _ITEM, of < RANGES)
+        tl.store(items_ptr + (RANGES + place + runs) * _ITEM + 13, -1)
     heads = tl.arange(0, KP)
     tl.store(arrived_ptr + slot * K + heads, tl.zeros((KP,), tl.int32), mask=(heads < K) & (slots > 0))
 
@@ -158,18 +162,22 @@ def _nothing(ptr, there):
         tl.store(ptr + number, zero - 1 if number == 6 or number == 12 else zero, mask=there)
 
 
-@triton.jit(do_not_specialize=["rows", "long_from"])
-def tile_items(cu_q_ptr, lengths_ptr, items_ptr, head_ptr, rows, long_from, BQ: tl.constexpr):
+@Kernel
+def tile_items(
+    cu_q_ptr, lengths_ptr, items_ptr, head_ptr, ROWS, FEW: tl.constexpr, BQ: tl.constexpr, PDL: tl.constexpr
+):
     """One program for each row. An item: row, first token, its position, tokens. Within a row the last tile comes
     first: it has the most keys. `head_ptr` gets the count of items."""
+    release(PDL)
+    wait(PDL)
     mine = tl.program_id(0)
     some = tl.arange(0, _CHUNK)
     before, every = 0, 0
-    for at in range(0, rows, _CHUNK):
+    for at in range(0, ROWS, _CHUNK):
         row = at + some
-        start = tl.load(cu_q_ptr + row, mask=row < rows, other=0)
-        count = tl.load(cu_q_ptr + row + 1, mask=row < rows, other=0) - start
-        items = tl.where(count >= long_from, (count + BQ - 1) // BQ, 0)
+        start = tl.load(cu_q_ptr + row, mask=row < ROWS, other=0)
+        count = tl.load(cu_q_ptr + row + 1, mask=row < ROWS, other=0) - start
+        items = tl.where(count > FEW, (count + BQ - 1) // BQ, 0)
         every += tl.sum(items)
         before += tl.sum(tl.where(row < mine, items, 0))
     if mine == 0:
@@ -177,7 +185,7 @@ def tile_items(cu_q_ptr, lengths_ptr, items_ptr, head_ptr, rows, long_from, BQ: 
     token = tl.load(cu_q_ptr + mine)
     count = tl.load(cu_q_ptr + mine + 1) - token
     length = tl.load(lengths_ptr + mine)
-    items = tl.where(count >= long_from, (count + BQ - 1) // BQ, 0)
+    items = tl.where(count > FEW, (count + BQ - 1) // BQ, 0)
     lane = tl.arange(0, 64)
     for at in range(0, items, 64):
         i = at + lane

@@ -34,16 +34,21 @@ def dependent() -> bool:
     return not INTERPRETED and torch.cuda.get_device_capability()[0] >= 9
 
 
+@cache
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU."""
+    return 2 if INTERPRETED else torch.cuda.get_device_properties(device).multi_processor_count
+
+
 class Kernel:
     """A kernel in Triton. Its parameters: tensors, then integers that vary from call to call (in capitals; one compiled
     kernel serves all their values), then constants, the last of which is `PDL`, added here. `fused`: whether the
-    compiler may round a product and a sum once instead of twice."""
+    compiler may round a product and a sum once instead of twice. `jit`: Triton's, or Gluon's."""
 
-    def __init__(self, function: Callable[..., None], fused: bool = True) -> None:
+    def __init__(self, function: Callable[..., None], fused: bool = True, jit: Any = triton.jit) -> None:
         parameters = inspect.signature(function).parameters.values()
         plain = [p.name for p in parameters if p.annotation is inspect.Parameter.empty]
-        decorate: Any = triton.jit
-        self._jit = decorate(function, do_not_specialize=[name for name in plain if name.isupper()])
+        self._jit = jit(function, do_not_specialize=[name for name in plain if name.isupper()])
         self._fused = fused
         self._compiled: dict[Any, Any] = {}
 
@@ -55,20 +60,29 @@ class Kernel:
         constants: tuple[Any, ...] = (),
         warps: int = 4,
         stages: int = 1,
+        tiles: tuple[Any, ...] = (),
+        registers: int | None = None,
     ) -> None:
-        """Tensors of any alignment; sizes below 2^31."""
+        """Tensors of any alignment; sizes below 2^31. `tiles`: tensor descriptors, before the tensors. `registers`: at
+        most so many for a thread."""
+        pdl = dependent()
+        if tiles:
+            self._jit[grid](
+                *tiles, *tensors, *sizes, *constants, pdl, num_warps=warps, num_stages=stages, launch_pdl=pdl
+            )
+            return
         pointers = [None if x is None else x.data_ptr() for x in tensors]
         bits = 0
         for pointer in pointers:
             bits |= pointer or 0
         device = 0 if INTERPRETED else torch.cuda.current_device()
-        key = (constants, warps, stages, device, bits & 15, *[None if x is None else x.dtype for x in tensors])
+        kinds = [None if x is None else x.dtype for x in tensors]
+        key = (constants, warps, stages, registers, device, pdl, bits & 15, *kinds)
         compiled = self._compiled.get(key)
-        pdl = dependent()
         if compiled is None:
             compiled = self._jit[grid](
                 *tensors, *sizes, *constants, pdl,
-                num_warps=warps, num_stages=stages, launch_pdl=pdl, enable_fp_fusion=self._fused,
+                num_warps=warps, num_stages=stages, maxnreg=registers, launch_pdl=pdl, enable_fp_fusion=self._fused,
             )  # fmt: skip
             if _KNOWN and not INTERPRETED and bits & 15 == 0:
                 self._compiled[key] = compiled

@@ -13,6 +13,7 @@ from quire.utils.optional import available
 # Features of a token that a norm holds in registers at most.
 WIDEST = 16384
 
+WIDEST_HEAD = 256  # numbers of a head in attention
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -40,6 +41,25 @@ def supports_copies(case: Case) -> str | None:
     return refusal(replace(case, dtype=torch.float32))
 
 
+def supports_linear(case: Case) -> str | None:
+    """torch's own product is what a case in float32 needs."""
+    return refusal(case) or ("is for bfloat16 and float16" if case.dtype == torch.float32 else None)
+
+
+def supports_invariant(case: Case) -> str | None:
+    """Like `linear`; the copy engine needs rows of whole 16 bytes."""
+    inputs = case.shapes.get("inputs", 8)
+    return supports_linear(case) or (None if inputs % 8 == 0 else f"needs inputs in eights, not {inputs}")
+
+
 def supports_norm(case: Case) -> str | None:
     size = case.shapes.get("size", 0)
     return refusal(case) or (None if size <= WIDEST else f"norms {WIDEST} features at most, not {size}")
+
+
+def supports_attention(case: Case) -> str | None:
+    heads, kv_heads = case.shapes.get("num_heads", 1), case.shapes.get("num_kv_heads", 1)
+    size = case.shapes.get("head_dim", 0)
+    if heads % kv_heads:
+        return f"{heads} heads are no multiple of {kv_heads} KV heads"
+    return refusal(case) or (None if size <= WIDEST_HEAD else f"heads have {WIDEST_HEAD} numbers at most, not {size}")
