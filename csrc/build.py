@@ -24,7 +24,7 @@ FLAGS = ["-std=c++20", "-fPIC", "-fvisibility=hidden", "-pthread", "-Wall", "-We
 FAST = ["-O3"]
 SANITIZED = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 _AVX2 = ["-mavx2", "-mfma", "-mf16c"]
-_AVX512 = [*_AVX2, *(f"-mavx512{part}" for part in ("f", "bw", "dq", "vl", "vnni", "bf16"))]
+_AVX512 = [*_AVX2, "-mprfchw", *(f"-mavx512{part}" for part in ("f", "bw", "dq", "vl", "vnni", "bf16"))]
 # gcc 12's own AVX-512 header warns about itself.
 _QUIET = ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
 LEVELS = {"portable": [], "avx2": _AVX2, "avx512": [*_AVX512, *_QUIET]}

@@ -1,8 +1,9 @@
 """Attention over pages on a GPU: right at real sizes, and how near to what the memory or the matrix units give.
 
-    python benchmarks/gpu/attention.py [--out FOLDER] [--check] [--time]
+    python benchmarks/gpu/attention.py [--out FOLDER] [--check] [--time] [--invariant]
 
-Checks (without an option, both): against the reference in float32, over shapes, types, windows, page sizes, long rows.
+Of the implementation "triton", or of "invariant". Without --check and --time, both.
+Checks: against the reference in float32, over shapes, types, windows, page sizes, long rows.
 Times: a layer's call in a captured graph of several layers, each with keys and values of its own; decodes against the
 bytes of keys and values at READ, prompts against the matrix units' PRODUCT (causal: half of the square).
 """
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from quire.ops.attention import AttentionMeta, GroupMeta
 from quire.ops.attention import attention as reference
-from quire.ops.triton.attention import attention
+from quire.ops.triton.attention import attention, invariant_attention
 
 READ = 4.4e12  # bytes/s of an H200
 PRODUCT = 792e12  # bf16 operations/s of an H200
@@ -42,6 +43,7 @@ class Work:
     layers: int = 1
     dtype: torch.dtype = torch.bfloat16
     captured: bool = False
+    kernel: Callable[..., Tensor] = attention
 
     def __post_init__(self) -> None:
         used = [-(-length // self.block) for length, _ in self.rows]
@@ -74,7 +76,7 @@ class Work:
     def step(self) -> None:
         meta = self.meta()
         for q, kv in zip(self.q, self.kv, strict=True):
-            attention(q, kv, self.group, meta, self.size**-0.5)
+            self.kernel(q, kv, self.group, meta, self.size**-0.5)
 
     @property
     def bytes(self) -> int:
@@ -164,13 +166,13 @@ def error(got: Tensor, expected: Tensor) -> float:
     return float((got.float() - expected).norm() / expected.norm())
 
 
-def check() -> list[dict[str, Any]]:
+def check(kernel: Callable[..., Tensor] = attention) -> list[dict[str, Any]]:
     rows = []
     for name, shape, rule in CHECKS:
         work = Work(**{"heads": 32, "kv_heads": 8, "size": 128, **shape})
         scale = work.size**-0.5
         expected = reference(work.q[0].float(), work.kv[0], work.group, Work.meta(work), scale, **rule)
-        got = attention(work.q[0], work.kv[0], work.group, work.meta(), scale, **rule)
+        got = kernel(work.q[0], work.kv[0], work.group, work.meta(), scale, **rule)
         rows.append({"check": name, "error": error(got, expected), "bound": BOUNDS[work.dtype]})
         print(
             f"{name:24} {rows[-1]['error']:.1e}", "" if rows[-1]["error"] < rows[-1]["bound"] else "WRONG", flush=True
@@ -179,11 +181,11 @@ def check() -> list[dict[str, Any]]:
     return rows
 
 
-def time_all() -> list[dict[str, Any]]:
+def time_all(kernel: Callable[..., Tensor] = attention) -> list[dict[str, Any]]:
     rows = []
     for model, (heads, kv_heads, size) in SHAPES.items():
         for name, lens, layers in DECODES:
-            work = Work(lens, heads, kv_heads, size, layers=layers, captured=True)
+            work = Work(lens, heads, kv_heads, size, layers=layers, captured=True, kernel=kernel)
             us = per_layer(work.step, layers)
             rate = work.bytes / us * 1e6
             rows.append({"model": model, "work": name, "us": us, "GB/s": rate / 1e9, "of bound": rate / READ})
@@ -191,7 +193,7 @@ def time_all() -> list[dict[str, Any]]:
             del work
     for model, (heads, kv_heads, size) in SHAPES.items():
         for name, lens, layers in PROMPTS:
-            work = Work(lens, heads, kv_heads, size, layers=layers)
+            work = Work(lens, heads, kv_heads, size, layers=layers, kernel=kernel)
             us = per_layer(work.step, layers, 7)
             rate = work.operations / us * 1e6
             rows.append({"model": model, "work": name, "us": us, "TFLOP/s": rate / 1e12, "of bound": rate / PRODUCT})
@@ -205,11 +207,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--time", action="store_true")
+    parser.add_argument("--invariant", action="store_true")
     args = parser.parse_args()
+    kernel = invariant_attention if args.invariant else attention
     both = not (args.check or args.time)
     with torch.inference_mode():
-        checks = check() if args.check or both else []
-        times = time_all() if args.time or both else []
+        checks = check(kernel) if args.check or both else []
+        times = time_all(kernel) if args.time or both else []
     report = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "checks": checks, "times": times}
     if args.out is not None:
         (args.out / "attention.json").write_text(json.dumps(report, indent=1))

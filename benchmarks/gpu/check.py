@@ -1,12 +1,13 @@
 """Is it right on this GPU? Kernels against their references, tokens against Transformers, real sizes against float32.
 
-    python -m benchmarks.gpu.check [--only kernels,parity,sizes,life] [--long]
+    python -m benchmarks.gpu.check [--only kernels,parity,sizes,life,determinism] [--long]
 
 - kernels: `tests/ops/triton`, where the kernels run for real;
 - parity: `tests/parity/test_engine.py` on the GPU: each native architecture, float32, token by token, with preemption,
   chunks, prefix hits, forks and beams; then the same tokens with block sizes 16 and 32, with swapping, with n=8;
 - sizes: bf16 logprobs at real shapes no farther from a float32 engine's than those of plain PyTorch in bf16,
   and at 32,000 tokens;
+- determinism: `deterministic=True` gives the same tokens in any batch, in chunks, after prefix hits and preemption;
 - life: two engines in one process, memory given back, a start after SIGKILL.
 
 Prints a line for each and exits with 1 if any failed.
@@ -168,13 +169,59 @@ def life() -> None:
         tell("a start after SIGKILL", ready == "ready" and run(again) == alone, "same tokens")
 
 
+def determinism() -> None:
+    """Tokens of some prompts alone, against the same among 6 and 63 others, in chunks, after prefix hits and preempted;
+    and that without `deterministic` this finds differences."""
+    folder = workloads.write_model(Path(tempfile.mkdtemp()), "l1b")
+    lengths = (5, 33, 130, 257, 300, 511, 700)
+    (text,) = workloads.fixed(1, 700, 11)
+    prompts = [text[:n] if i % 2 else workloads.fixed(1, n, 20 + i)[0] for i, n in enumerate(lengths)]
+    others = [p[: 40 + 9 * i] for i, p in enumerate(workloads.fixed(57, 560, 12))]
+
+    def run(llm: LLM, batch: list[list[int]]) -> list[list[int]]:
+        params = SamplingParams(temperature=0.0, max_tokens=64, ignore_eos=True, detokenize=False)
+        outputs = llm.generate([{"prompt_token_ids": p} for p in batch], params, use_tqdm=False)
+        return [list(o.outputs[0].token_ids) for o in outputs]
+
+    def cases(mode: bool) -> dict[str, int]:
+        """How many of the prompts give the tokens that they give alone."""
+        fixed: dict[str, Any] = {
+            "load_format": "dummy", "skip_tokenizer_init": True, "dtype": "bfloat16", "max_model_len": 1024,
+            "deterministic": mode,
+        }  # fmt: skip
+        got: dict[str, list[list[int]]] = {}
+        with LLM(str(folder), gpu_memory_utilization=0.3, **fixed) as llm:
+            alone: list[list[int]] = []
+            for prompt in prompts:
+                llm.reset_prefix_cache()
+                alone += run(llm, [prompt])
+            got["again, prefixes known"] = [run(llm, [prompt])[0] for prompt in prompts]
+            llm.reset_prefix_cache()
+            got["7 at once"] = run(llm, prompts)
+            llm.reset_prefix_cache()
+            got["64 at once"] = run(llm, prompts + others)[: len(prompts)]
+        with LLM(str(folder), gpu_memory_utilization=0.3, max_num_batched_tokens=96, max_num_seqs=64, **fixed) as llm:
+            got["chunks of 96"] = run(llm, prompts + others)[: len(prompts)]
+        with LLM(str(folder), num_gpu_blocks_override=150, **fixed) as llm:
+            got["preempted"] = run(llm, others + prompts)[-len(prompts) :]
+            assert llm.llm_engine.client.stats().preemptions > 0
+        return {name: sum(map(eq, tokens, alone)) for name, tokens in got.items()}
+
+    equal = cases(True)
+    for name, count in equal.items():
+        tell(f"deterministic, {name}", count == len(prompts), f"{count} of {len(prompts)} as alone")
+    control = cases(False)
+    tell("without it, they differ somewhere", sum(control.values()) < len(prompts) * len(control), str(control))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="kernels,parity,sizes,life")
+    parser.add_argument("--only", default="kernels,parity,sizes,life,determinism")
     parser.add_argument("--long", action="store_true", help="32,000 tokens too")
     args = parser.parse_args()
     parts: dict[str, Callable[[], None]] = {
         "kernels": kernels, "parity": parity, "sizes": lambda: sizes(args.long), "life": life,
+        "determinism": determinism,
     }  # fmt: skip
     for name in args.only.split(","):
         try:

@@ -35,6 +35,7 @@ LENGTHS = {"qwen06": 4096, "l1b": 4096, "l8b": 4352}  # max_model_len
 TESTS = {"qwen06": "w3,w7,w1", "l1b": "w3,w7,w1,w2", "l8b": "w3,w7,w6,w1,w2"}
 PREFILL = 8448
 BURST = 1000
+GRACE = 10  # seconds to end in
 
 
 @dataclass(frozen=True)
@@ -50,13 +51,14 @@ class Stage:
 
 def stages(models: Sequence[str]) -> list[Stage]:
     """In the order in which they run. The seconds were seen on an H200."""
-    offline = {"qwen06": (25, 45), "l1b": (25, 50), "l8b": (65, 150)}
-    found = [Stage(("ceilings",), 20, 20, lambda s: ["ceilings"])]
+    starts = {"qwen06": (30, 45), "l1b": (35, 48), "l8b": (40, 62)}
+    offline = {"qwen06": (22, 40), "l1b": (22, 42), "l8b": (65, 165)}
+    found = [Stage(("ceilings",), 12, 12, lambda s: ["ceilings"])]
     for model in models:
-        least, most = (40, 65) if model == "l8b" else (30, 50)
+        least, most = starts[model]
 
         def start(seconds: float, model: str = model, least: float = least, most: float = most) -> list[str]:
-            warm = 1 + int(2 * (seconds - least) / (most - least))
+            warm = 1 + round(2 * (seconds - least) / (most - least))
             options = ["--models", model, f"--warm={warm}", "--cache=."]
             return ["startup", *options, "--", f"--max-model-len={LENGTHS[model]}"]
 
@@ -75,11 +77,11 @@ def stages(models: Sequence[str]) -> list[Stage]:
             return ["offline", "--model=l8b", "--tests=w4", f"--seconds={seconds:.0f}", *options]
 
         def serve(seconds: float) -> list[str]:
-            rate = max(8.0, min(20.0, (seconds - 40) / 2))
+            rate = max(8.0, min(20.0, (seconds - 43) / 2))
             options = ["--rates", "20", "40", f"--seconds={rate:.0f}", f"--burst={BURST}"]
             return ["serve", "--model=l8b", *options, "--", f"--max-model-len={LENGTHS['l8b']}"]
 
-        found += [Stage(("prefill", "l8b"), 25, 40, prefill), Stage(("serve", "l8b"), 56, 80, serve)]
+        found += [Stage(("prefill", "l8b"), 18, 26, prefill), Stage(("serve", "l8b"), 59, 83, serve)]
     return found
 
 
@@ -105,7 +107,7 @@ def run(stage: Stage, should: float, limit: float, root: Path) -> Any:
     command = [sys.executable, "-m", f"benchmarks.gpu.{module}", f"--json={out}", *arguments]
     process = subprocess.Popen(command, env=environment, start_new_session=True)
     try:
-        status = process.wait(limit)
+        status = process.wait(limit + GRACE)
         failure = f"it ended with status {status}" if status else None
     except subprocess.TimeoutExpired:
         failure = f"it was ended after {limit:.0f} s, since the others need the rest"

@@ -315,7 +315,7 @@ template <class Form, class C> void linear_lanes(const qr_op& op, Context& c) {
     int64_t tokens = c.count(op.i[0]), outputs = op.i[1], span = form.span(), stride = 16 * span;
     int64_t rest = tokens > 16 && tokens % 16 <= LANES_REST ? tokens % 16 : 0, turned = tokens - rest;
     int halves = op.flags & QR_GATED ? 2 : 1;
-    int64_t grain = most(32, 16 * ceil_div(outputs, 16 * 8 * c.threads)), pieces = ceil_div(outputs, grain);
+    int64_t grain = grain_of(outputs, c.threads), pieces = ceil_div(outputs, grain);
     int64_t chunk = least(ceil_div(turned, 16) * 16, most(1, LANES_BYTES / stride / LANES_GROUPS) * 16 * LANES_GROUPS);
     int64_t all = chunk * span, few_bytes = rest * form.few_span();
     auto* memory = static_cast<char*>(c.shared(size_t(all + few_bytes + (chunk + rest) * int64_t(sizeof(float)))));
@@ -324,6 +324,12 @@ template <class Form, class C> void linear_lanes(const qr_op& op, Context& c) {
     int64_t strip = most(16, least(LINEAR_ROWS, LANES_STRIP / most(form.stride, 64) / 16 * 16)), wide = form.room(strip);
     auto* room = static_cast<char*>(c.scratch(size_t(most(2 * wide, form.room(16)))));
     alignas(64) float sums[2][16 * LANES_GROUPS * LINEAR_ROWS];
+    // Outputs that will be written soon: each line would be waited for otherwise, as rows lie far apart.
+    auto own_outputs = [&](int64_t token, int64_t some, int64_t first, int64_t count) {
+        auto* to = static_cast<C*>(op.p[3]) + token * op.i[5] + first;
+        for (int64_t t = 0; t < some; t++, to += op.i[5])
+            for (int64_t n = 0; n < count; n += 64 / int64_t(sizeof(C))) __builtin_prefetch(to + n, 1, 3);
+    };
     // The sums of tokens `token` .. become outputs first ..
     auto deliver = [&](int64_t token, int64_t some, const float* by, int64_t first, int64_t count) {
         for (int64_t t = 0; t < some; t++) {
@@ -357,6 +363,7 @@ template <class Form, class C> void linear_lanes(const qr_op& op, Context& c) {
                 for (int64_t unit = 0, groups; unit < units; unit += groups) {
                     groups = groups_of<Form>(units - unit);
                     const char* x = memory + unit * stride;
+                    own_outputs(start + 16 * unit, least(16 * groups, now - 16 * unit), first, count);
                     bool ask = unit == 0;  // later the rows are there already
                     for (int half = 0; half < halves; half++) {
                         int64_t from = first + half * outputs;

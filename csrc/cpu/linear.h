@@ -17,6 +17,16 @@ constexpr int64_t LINEAR_BYTES = 4096;  // of a row at a time: 64 of them are a 
 constexpr int64_t LINEAR_PAIRED = 16;  // rows of each half at a time where outputs are gated
 constexpr int64_t LINEAR_ROWS = 64;    // weight rows whose sums are collected before the epilogue runs over them
 
+// Outputs of a piece: about eight pieces a thread, and as many for each as can be.
+inline int64_t grain_of(int64_t outputs, int64_t threads) {
+    int64_t most_of_all = most(32, 16 * ceil_div(outputs, 16 * 8 * threads)), best = most_of_all, least_work = INT64_MAX;
+    for (int64_t grain = most_of_all; grain >= most(32, most_of_all / 2); grain -= 16) {
+        int64_t work = ceil_div(ceil_div(outputs, grain), threads) * grain;  // of the thread with most
+        if (work < least_work) best = grain, least_work = work;
+    }
+    return best;
+}
+
 // values[n] (and gates[n]) are the sums of outputs first .. first + count of token m: makes them the op's outputs.
 template <class A, class B, class C>
 inline void finish(const qr_op& op, int64_t m, int64_t first, int64_t count, const float* values,
@@ -126,16 +136,18 @@ template <class A, class B, class C, class X> void linear_rows(const qr_op& op, 
     constexpr int64_t depth = LINEAR_BYTES / int64_t(sizeof(X)), pad = 64 / int64_t(sizeof(X));
     auto* weights = static_cast<const B*>(op.p[1]);
     bool gated = op.flags & QR_GATED;
-    int64_t grain = most(32, 16 * ceil_div(outputs, 16 * 8 * c.threads)), pieces = ceil_div(outputs, grain);
+    int64_t grain = grain_of(outputs, c.threads), pieces = ceil_div(outputs, grain);
     alignas(64) float sums[2][LINEAR_TOKENS * LINEAR_ROWS];
     for (int64_t start = 0; start < tokens; start += LINEAR_TOKENS) {
         int64_t now = least(LINEAR_TOKENS, tokens - start), stride_x = op.i[3], skip = depth;
+        int64_t deep = now > 1 ? depth : most(size, 1);  // of one token whole rows, so that the weights are one stream
         auto* a = static_cast<const A*>(op.p[0]) + start * stride_x;
         const X* x = reinterpret_cast<const X*>(a);
         // Rows a power of two apart fall on the same few lines of the caches: copied apart, block by block along k.
         if (!__is_same(A, X) || (now > 4 && stride_x * int64_t(sizeof(X)) % 1024 == 0)) {
             int64_t stride = (least(size, depth) + W - 1) / W * W + pad;
             skip = now * stride;
+            deep = depth;
             auto* copy = static_cast<X*>(c.scratch(size_t(skip * ceil_div(size, depth)) * sizeof(X)));
             for (int64_t k0 = 0; k0 < size; k0 += depth)
                 for (int64_t m = 0; m < now; m++) {
@@ -155,8 +167,8 @@ template <class A, class B, class C, class X> void linear_rows(const qr_op& op, 
                 int64_t step = gated ? LINEAR_PAIRED : count;
                 for (int64_t n = 0; n < count; n += step)
                     for (int half = 0; half < (gated ? 2 : 1); half++)
-                        for (int64_t k = 0; k < size || k == 0; k += depth)
-                            tile(x + k / depth * skip, stride_x, now, least(depth, size - k),
+                        for (int64_t k = 0; k < size || k == 0; k += deep)
+                            tile(x + k / deep * skip, stride_x, now, least(deep, size - k),
                                  weights + (first + n + half * outputs) * stride_w + k, stride_w,
                                  least(step, count - n), sums[half] + n, k > 0);
                 for (int64_t m = 0; m < now; m++) {

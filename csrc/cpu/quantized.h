@@ -79,7 +79,7 @@ template <class A, class C, class Form> void linear_integers(const qr_op& op, Co
     int64_t tokens = c.count(op.i[0]), outputs = op.i[1], stride_x = op.i[3];
     Weights w(op);
     bool gated = op.flags & QR_GATED;
-    int64_t grain = most(32, 16 * ceil_div(outputs, 16 * 8 * c.threads)), pieces = ceil_div(outputs, grain);
+    int64_t grain = grain_of(outputs, c.threads), pieces = ceil_div(outputs, grain);
     int64_t stride = Form::bytes(w.size), wide = Form::room(w.size);
     if (stride % 1024 == 0) stride += 64;  // rows a power of two apart fall on the same few lines of the caches
     int64_t block = most(16, least(LINEAR_TOKENS, QUANTIZED_BYTES / stride / 4 * 4));
@@ -146,7 +146,7 @@ template <class A, class C, class X> void linear_floats(const qr_op& op, Context
     Weights w(op);
     constexpr int64_t depth = LINEAR_BYTES / int64_t(sizeof(X)), pad = 64 / int64_t(sizeof(X));
     bool gated = op.flags & QR_GATED;
-    int64_t grain = most(32, 16 * ceil_div(outputs, 16 * 8 * c.threads)), pieces = ceil_div(outputs, grain);
+    int64_t grain = grain_of(outputs, c.threads), pieces = ceil_div(outputs, grain);
     int64_t parts = ceil_div(w.size, depth), stride = ceil_div(least(w.size, depth), 64) * 64 + pad;
     int64_t skip = least(LINEAR_TOKENS, tokens) * stride, wide = padded(w.size);
     auto* x = static_cast<X*>(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -128,13 +127,10 @@ def test_short_minutes_drop_rounds_and_no_workload() -> None:
 
 
 def test_a_stage_that_fails_and_one_that_hangs_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def late(seconds: float) -> list[str]:
-        time.sleep(0.2)  # then less time is left than any process needs to start
-        return ["startup", "--cache=.", "--models", "l1b"]
-
     broken = Stage(("offline", "l1b"), 0, 0, lambda seconds: ["offline", "--model=none"])
-    plan = [broken, Stage(("startup", "l1b"), 0.01, 0.01, late)]
+    plan = [broken, Stage(("startup", "l1b"), 0, 0, lambda seconds: ["startup", "--cache=.", "--models", "l1b"])]
     monkeypatch.setattr(run, "stages", lambda models: plan)
+    monkeypatch.setattr(run, "GRACE", 0)
     monkeypatch.setattr(run, "allot", lambda left, stage, later: (1.0, 30.0 if stage is broken else 0.01))
     found = run.main(["--json", str(tmp_path / "new" / "gpu.json"), "--minutes", "1"])
     assert found["errors"]["offline l1b"] == "it ended with status 2"

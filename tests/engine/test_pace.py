@@ -32,9 +32,8 @@ def test_a_target_that_cannot_be_met_still_lets_prompts_in() -> None:
     assert pace.tokens() == LEAST
 
 
-@pytest.mark.parametrize("target", [0.0, 1e-6])
-def test_chunks_beside_decodes_are_short_and_those_alone_are_not(target: float) -> None:
-    """A target that no step meets: prompts come in the shortest chunks while others decode, and whole when none do."""
+def prompts_of_steps(lengths: list[int], target: float, steps_between: int) -> list[tuple[int, bool]]:
+    """(tokens of prompts, whether other rows decode) of each step with prompts."""
     options: dict[str, Any] = {"max_num_batched_tokens": 400, "max_model_len": 512, "device": "cpu"}
     with LLM("demo", target_step_ms=target * 1e3, skip_tokenizer_init=True, **options) as llm:
         executor: Any = llm.llm_engine.client._executor  # type: ignore[attr-defined]
@@ -47,12 +46,24 @@ def test_chunks_beside_decodes_are_short_and_those_alone_are_not(target: float) 
 
         executor.submit = submit
         params = SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True, detokenize=False)
-        for i, length in enumerate((300, 350, 20, 390)):
+        for i, length in enumerate(lengths):
             llm.llm_engine.add_request(str(i), {"prompt_token_ids": [5 + i] * length}, params)
-            for _ in range(4):
+            for _ in range(steps_between):
                 llm.llm_engine.step()
         llm.llm_engine.drain()
-    chunks = [(int(p.counts.max()), bool((p.counts == 1).any())) for p in plans if len(p.tokens)]
+    return [(len(p.tokens), bool((p.counts == 1).any())) for p in plans if len(p.tokens)]
+
+
+@pytest.mark.parametrize("target", [0.0, 1e-6])
+def test_chunks_beside_decodes_are_short_and_those_alone_are_not(target: float) -> None:
+    """A target that no step meets: prompts come in the shortest chunks while others decode, and whole when none do."""
+    chunks = prompts_of_steps([300, 350, 20, 390], target, 4)
     assert chunks[0] == (300, False)
+    assert max(size for size, decodes in chunks if decodes) == (LEAST if target else 390)
+
+
+def test_a_long_queue_drains_in_spite_of_the_target() -> None:
+    chunks = prompts_of_steps([300, *[400] * 9], 1e-6, 0)
     beside = [size for size, decodes in chunks if decodes]
-    assert max(beside) == (LEAST if target else 390)
+    assert beside[0] >= 9 * 400 // 8 - 100 > LEAST
+    assert beside == sorted(beside, reverse=True) and beside[-1] <= LEAST

@@ -81,12 +81,17 @@ def prompts(vocab: int, seed: int = 0) -> dict[str, list[int]]:
     return {name: [draw.randrange(3, vocab) for _ in range(count)] for name, count in LENGTHS.items()}
 
 
-def run(folder: Path, steps: int = 14, break_it: Callable[[harness.PagedRun], None] | None = None) -> float:
+def run(
+    folder: Path,
+    steps: int = 14,
+    break_it: Callable[[harness.PagedRun], None] | None = None,
+    ops: dict[str, str] | None = None,
+) -> float:
     """The largest difference of any logit from Transformers', as a share of the logits' spread; asserts that greedy
     outputs vary."""
     config = harness.config_for(folder)
     arch = config.model.arch
-    paged = harness.PagedRun(load_model(config, torch.device("cpu")), arch, block=4)
+    paged = harness.PagedRun(load_model(config, CPU, Binder(CPU, torch.float32, ops)), arch, block=4)
     judge = harness.Judge(folder)
     sequences = prompts(arch.vocab_size)
     got: dict[str, list[torch.Tensor]] = {name: [] for name in sequences}
@@ -119,9 +124,12 @@ def run(folder: Path, steps: int = 14, break_it: Callable[[harness.PagedRun], No
     return worst
 
 
+@pytest.mark.parametrize("ops", [None, {"*": "reference"}], ids=["best-ops", "reference-ops"])
 @pytest.mark.parametrize(("arch", "overrides"), [pytest.param(a, o, id=f"{a}-{n}") for a, n, o in CASES])
-def test_logits_equal_transformers(checkpoint: Callable[..., Path], arch: str, overrides: dict[str, Any]) -> None:
-    assert run(checkpoint(arch, **overrides)) < SHARE
+def test_logits_equal_transformers(
+    checkpoint: Callable[..., Path], arch: str, overrides: dict[str, Any], ops: dict[str, str] | None
+) -> None:
+    assert run(checkpoint(arch, **overrides), ops=ops) < SHARE
 
 
 def test_dynamic_rope_beyond_its_length_equals_a_cached_decode(checkpoint: Callable[..., Path]) -> None:

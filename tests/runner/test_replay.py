@@ -17,17 +17,18 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
 from quire import LLM, SamplingParams
 from quire.ops.native.bound import most_tokens
 from quire.ops.native.kernels import ANY, Kernels
 from quire.ops.native.library import Pool, load
-from quire.ops.native.recorder import Buffers
+from quire.ops.native.recorder import Buffers, record
 from quire.runner.replay import HostReplay, NoReplay
 
 needs_library = pytest.mark.skipif(isinstance(load(), str), reason=str(load()))
 STEP, ROWS = 150, 5
+NATIVE: Any = None if isinstance(load(), str) else Kernels(Pool(2))
 PROMPTS = [[(7 * i + 3 * j) % 2000 + 10 for j in range(n)] for i, n in enumerate((1, 3, 90, 17, 33, 5))]
 
 
@@ -189,6 +190,42 @@ def test_recording_imports_no_compiler() -> None:
 def test_reference_ops_are_not_recorded() -> None:
     with LLM("demo", max_model_len=64, skip_tokenizer_init=True, ops={"*": "reference"}) as llm:
         assert isinstance(replay_of(llm), NoReplay)
+
+
+class Gate(nn.Module):
+    """A gated activation of a linear layer; `keep`: what the layer gave is looked at once more."""
+
+    def __init__(self, keep: bool) -> None:
+        super().__init__()
+        self.keep = keep
+        self.layer: Any = nn.Module()
+        self.layer.op = NATIVE.linear
+        self.op: Any = NATIVE.gated_activation
+        self.norm: Any = nn.Module()
+        self.norm.op = NATIVE.rms_norm
+        self.weight_NK, self.scale_N = torch.randn(64, 24).bfloat16(), torch.ones(64).bfloat16()
+
+    def forward(self, x_TK: Tensor) -> tuple[Tensor, ...]:
+        both = self.layer.op(x_TK, self.weight_NK, None)
+        out = self.op(both, "silu")
+        if self.keep:
+            return out, self.norm.op(both, None, self.scale_N, 1e-5)[0]
+        del both
+        return (self.norm.op(out, None, self.scale_N[:32], 1e-5)[0],)
+
+
+@needs_library
+@pytest.mark.parametrize("keep", [False, True])
+def test_a_gate_is_part_of_its_layer_unless_that_is_read_again(keep: bool) -> None:
+    model, x_TK = Gate(keep), torch.randn(7, 24).bfloat16()
+    with torch.inference_mode():
+        expected = model(x_TK)
+        recording = record(model, NATIVE.pool, {7: 0}, lambda _: model(x_TK))
+        recording.dims[0] = 7
+        recording.run()
+        assert len(recording) == (3 if keep else 2)
+        for ours, plain in zip(recording.outputs, expected, strict=True):
+            torch.testing.assert_close(ours, plain, rtol=0.02, atol=0.02)  # one rounding to bfloat16 less
 
 
 def test_buffers_are_used_again_once_nobody_looks_at_them() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from benchmarks.cpu.peers.clock import Clock
 from benchmarks.cpu.peers.worker import Options, Refused, serve
 from benchmarks.cpu.workloads import Request, Timing
@@ -12,6 +11,7 @@ from benchmarks.cpu.workloads import Request, Timing
 from quire import LLM, SamplingParams, __version__
 from quire.types.errors import ClientError
 from quire.types.params import RequestOutputKind
+from quire.utils.optional import version
 
 
 class Quire:
@@ -33,7 +33,7 @@ class Quire:
 
     @property
     def settings(self) -> dict[str, Any]:
-        return {"quire": __version__, "torch": torch.__version__}
+        return {"quire": __version__, "torch": version("torch")}
 
     def prepare(self, requests: list[Request]) -> None:
         pass

@@ -17,6 +17,7 @@ from quire.core.sequence import Sequence, Status
 from quire.core.state import State
 from quire.types.plan import Ints, NewRow, Plan, ints
 
+DRAIN = 8
 NO_FORKS = ints((), (0, 3))
 EMPTY = ints()
 
@@ -37,7 +38,8 @@ class Draft:
 
 
 class Planner:
-    """`beside`: tokens of prompts that a step may hold beside rows that decode; None: as many as fit."""
+    """`beside`: tokens of prompts that a step may hold beside rows that decode, unless `DRAIN` such steps would not do
+    for all that wait; None: as many as fit."""
 
     def __init__(self, state: State, max_tokens: int, stages: int, chunked: bool) -> None:
         self._state = state
@@ -97,7 +99,8 @@ class Planner:
         decodes = int(np.count_nonzero(steady))
         budget = self._max_tokens - decodes
         if decodes and self.beside is not None:
-            budget = min(budget, self.beside)
+            backlog = self._state.waiting.tokens + int((length - computed)[~steady].sum())
+            budget = min(budget, max(self.beside, backlog // DRAIN))
         for i in np.flatnonzero(~steady | (computed >= rows.capacity[order])).tolist():
             seq = rows.owner(int(order[i]))
             if seq is None:  # preempted a moment ago

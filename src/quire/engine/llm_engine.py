@@ -22,6 +22,7 @@ from quire.types.params import RequestOutputKind, SamplingParams
 from quire.types.prompts import PromptType
 from quire.types.request import Delta, Request
 from quire.types.stats import EngineStats
+from quire.utils.imports import uncollected
 
 
 class Client(Protocol):
@@ -126,6 +127,7 @@ class LLMEngine:
 
 
 def _in_process(config: Config) -> Client:
-    from quire.engine.client import InProcessClient
+    with uncollected("torch"):
+        from quire.engine.client import InProcessClient
 
     return InProcessClient(config)

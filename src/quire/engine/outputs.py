@@ -169,7 +169,10 @@ class _RequestState:
         if self.beam and (ended := [s for s in self.sequences if s.finish_reason is not None]):
             self.sequences = ended
             return True
-        return all(sequence.finish_reason is not None for sequence in self.sequences)
+        for sequence in self.sequences:  # noqa: SIM110 - a generator costs a microsecond a request and step
+            if sequence.finish_reason is None:
+                return False
+        return True
 
     def output(self, finished: bool) -> RequestOutput | None:
         """What is to be told now, if anything is."""
@@ -178,10 +181,17 @@ class _RequestState:
         if not finished or delta:
             if self.kind is RequestOutputKind.FINAL_ONLY:
                 return None
-            fresh = [s for s in sequences if s.news(1 if finished else self.interval)]
+            least = 1 if finished else self.interval
+            fresh: list[_SequenceState] = []
+            for sequence in sequences:  # most often one: a comprehension is a call
+                if sequence.news(least):
+                    fresh.append(sequence)
             if not fresh and not finished:
                 return None
             sequences = fresh if delta else sequences
+        outputs: list[CompletionOutput] = []
+        for sequence in sequences:
+            outputs.append(sequence.output(delta))
         prompt_logprobs = self.prompt_logprobs
         if delta:  # reported once
             self.prompt_logprobs = None
@@ -190,7 +200,7 @@ class _RequestState:
             prompt=self.prompt,
             prompt_token_ids=self.request.prompt_token_ids,
             prompt_logprobs=prompt_logprobs,
-            outputs=[s.output(delta) for s in sequences],
+            outputs=outputs,
             finished=finished,
             metrics=self.metrics,
             num_cached_tokens=self.cached_tokens,
@@ -261,7 +271,7 @@ class _SequenceState:
         """See `_RequestState.take`."""
         if self.finish_reason is not None:
             return None
-        stopped = self._advance(delta.tokens, delta.finish)
+        stopped = None if self.stream is None else self._advance(self.stream, delta.tokens, delta.finish)
         tokens = delta.tokens if stopped is None else delta.tokens[: stopped[0] - len(self.tokens)]
         self.tokens += tokens
         if self.logprobs is not None and delta.logprobs is not None:
@@ -277,23 +287,21 @@ class _SequenceState:
             self.end(delta.finish.value, delta.error if delta.finish is FinishReason.ERROR else delta.stop_token)
         return None
 
-    def _advance(self, tokens: list[int], finish: FinishReason | None) -> tuple[int, str] | None:
+    def _advance(self, stream: TextStream, tokens: list[int], finish: FinishReason | None) -> tuple[int, str] | None:
         """Extend the text by `tokens`. Answers (number of tokens, stop string) if one ends the sequence."""
-        if self.stream is None:
-            return None
         shown = tokens[:-1] if finish is FinishReason.STOP and not self._shows_stop() else tokens
         if not self.stops:
-            self.text.add(self.stream.push(shown))
+            self.text.add(stream.push(shown))
             if finish is not None:
-                self.text.add(self.stream.finish())
+                self.text.add(stream.finish())
             return None
         for i, token in enumerate(shown):
             count = len(self.tokens) + i + 1
-            if (stop := self._extend(self.stream.push((token,)), count)) is not None:
+            if (stop := self._extend(stream.push((token,)), count)) is not None:
                 return count, stop
         if finish is not None:
             count = len(self.tokens) + len(shown)
-            if (stop := self._extend(self.stream.finish(), count)) is not None:
+            if (stop := self._extend(stream.finish(), count)) is not None:
                 return count, stop
         return None
 
@@ -356,7 +364,7 @@ class _SequenceState:
         self.sent_tokens, self.sent_text, self.sent_end = len(self.tokens), shown, ended
         return CompletionOutput(
             index=self.index,
-            text=self.text.part(first_char, shown),
+            text=self.text.part(first_char, shown) if first_char < shown else "",
             token_ids=self.tokens[first_token:],
             cumulative_logprob=self.cumulative,
             logprobs=None if self.logprobs is None else self.logprobs[first_token:],

@@ -17,11 +17,14 @@ import zmq
 
 from quire.config.schema import Config
 from quire.engine import wire
-from quire.engine.client import InProcessClient
 from quire.parallel.launch import Channel
 from quire.types.errors import ClientError, QuireError
 from quire.types.request import Delta, FinishReason, Request
+from quire.utils.imports import uncollected
 from quire.utils.logging import setup_logging
+
+with uncollected("torch"):
+    from quire.engine.client import InProcessClient
 
 log = logging.getLogger(__name__)
 

@@ -72,4 +72,4 @@ def copy_pages(sources: Sequence[Tensor], targets: Sequence[Tensor], sources_C: 
 
 COPY_PAGES = REGISTRY.op("copy_pages", copy_pages)
 native.register(COPY_PAGES, "supports_copies")
-triton.register(COPY_PAGES, "cache:copy_pages", "supports_copies")
+triton.register(COPY_PAGES, "cache:copy_pages", "untyped")

@@ -10,9 +10,11 @@ Shape legend: T tokens, R rows of the step, S sampled rows, P pages of a row, V 
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from quire.layers.step import AttentionMeta, GroupMeta, Step
@@ -31,6 +33,23 @@ from quire.types.plan import Plan
 log = logging.getLogger(__name__)
 
 TOKENS, ROWS, DECODES, SAMPLES = range(4)  # entries of the program's dims
+
+
+@dataclass(frozen=True, slots=True)
+class _Host:
+    """What a step reads of the table's rows, and what it writes for the program (`tokens_T` and on)."""
+
+    last_R: NDArray[np.int64]
+    length_R: NDArray[np.int64]
+    offset_R: NDArray[np.int64]
+    pages_RP: list[NDArray[np.int32]]
+    tokens_T: NDArray[np.int64]
+    positions_T: NDArray[np.int64]
+    slots_T: list[NDArray[np.int64]]
+    step_pages_RP: list[NDArray[np.int32]]
+    step_lengths_R: NDArray[np.int32]
+    cu_q: NDArray[np.int32]
+    last_S: NDArray[np.int64]
 
 
 class HostReplay:
@@ -79,6 +98,20 @@ class HostReplay:
             return logits_SV
 
         self._recording = record(model, pool, sizes, forward)
+        # The same memory for NumPy: making a view takes a microsecond, which a step would spend a dozen times.
+        self._host = _Host(
+            last_R=table.last_R.numpy(),
+            length_R=table.length_R.numpy(),
+            offset_R=table.offset_R.numpy(),
+            pages_RP=[pages_RP.numpy() for pages_RP in table.pages_RP],
+            tokens_T=self._tokens_T.numpy(),
+            positions_T=self._positions_T.numpy(),
+            slots_T=[slots_T.numpy() for slots_T in self._slots_T],
+            step_pages_RP=[pages_RP.numpy() for pages_RP in self._pages_RP],
+            step_lengths_R=self._lengths_R.numpy(),
+            cu_q=self._cu_q.numpy(),
+            last_S=self._last_S.numpy(),
+        )
 
     def takes(self, plan: Plan) -> bool:
         return 0 < len(plan.rows) <= self._max_rows and int(plan.counts.sum()) <= self._max_tokens
@@ -88,9 +121,9 @@ class HostReplay:
 
     def run(self, plan: Plan, carried: bool = False) -> Replayed:
         num_rows, total = len(plan.rows), int(plan.counts.sum())
-        table = self._table
+        host, size = self._host, self._table.block_size
         rows, counts = plan.rows, plan.counts
-        lengths = table.length_R.numpy()
+        lengths = host.length_R
         starts = np.where(plan.upper, lengths[rows], plan.starts) if plan.upper.any() else plan.starts
         ends = starts + counts
         decode_only = int(counts.max()) == 1 and total == num_rows
@@ -101,26 +134,23 @@ class HostReplay:
             np.cumsum(counts, out=cu_q[1:])
             row_of = np.repeat(np.arange(num_rows), counts)
             rows_T, index_T = rows[row_of], starts[row_of] + np.arange(total) - cu_q[row_of]
-        tokens = self._tokens_T.numpy()
-        np.take(table.last_R.numpy(), rows_T, out=tokens[:total])
+        tokens = host.tokens_T[:total]
+        np.take(host.last_R, rows_T, out=tokens)
         if len(plan.tokens):
             known = np.diff(plan.token_offsets)
             row_of = np.repeat(np.arange(num_rows), counts)
             within = np.arange(total) - cu_q[row_of]
-            tokens[:total][within >= (counts - known)[row_of]] = plan.tokens
-        self._positions_T.numpy()[:total] = index_T + table.offset_R.numpy()[rows_T]
-        size = table.block_size
-        block, offset = index_T // size, index_T % size
+            tokens[within >= (counts - known)[row_of]] = plan.tokens
+        host.positions_T[:total] = index_T + host.offset_R[rows_T]
+        block, offset = np.divmod(index_T, size)
         used = int(ends.max()) // size + 1
-        for pages_RP, slots_T, mine_RP in zip(table.pages_RP, self._slots_T, self._pages_RP, strict=True):
-            pages = pages_RP.numpy()
-            slots_T.numpy()[:total] = pages[rows_T, block].astype(np.int64) * size + offset
-            mine = mine_RP.numpy()
-            mine[:num_rows, :used] = pages[rows, :used]
-        self._lengths_R.numpy()[:num_rows] = ends
-        self._cu_q.numpy()[: num_rows + 1] = cu_q
+        for pages_RP, slots_T, mine_RP in zip(host.pages_RP, host.slots_T, host.step_pages_RP, strict=True):
+            slots_T[:total] = pages_RP[rows_T, block].astype(np.int64) * size + offset
+            mine_RP[:num_rows, :used] = pages_RP[rows, :used]
+        host.step_lengths_R[:num_rows] = ends
+        host.cu_q[: num_rows + 1] = cu_q
         samples = len(plan.sample_rows)
-        self._last_S.numpy()[:samples] = cu_q[plan.sample_index + 1] - 1
+        host.last_S[:samples] = cu_q[plan.sample_index + 1] - 1
         dims = self._recording.dims
         dims[TOKENS], dims[ROWS], dims[SAMPLES] = total, num_rows, samples
         dims[DECODES] = num_rows if decode_only else int(np.argmax(counts != 1))

@@ -36,7 +36,8 @@ class Latencies(BaseModel):
 
 
 class Engine(BaseModel):
-    """The engine's statistics; counters run since its start. Blocks are used + cached + free = total."""
+    """The engine's statistics; counters run since its start. Blocks are used + cached + free = total. `deferred`: how
+    many of those that wait do so for their grammars."""
 
     blocks_total: int
     blocks_used: int
@@ -54,6 +55,7 @@ class Engine(BaseModel):
     block_size: int
     waiting_tokens: int
     received: int
+    deferred: int
 
 
 class Stats(BaseModel):

@@ -179,6 +179,13 @@ def test_many_long_rows_are_not_all_split(kernels: Of) -> None:
     assert torch.equal(world.check(kernels(3), scale=0.3), alone)
 
 
+def test_thousands_of_tokens(kernels: Of) -> None:
+    """A prompt in one step, and the last part of one, beside a row that decodes."""
+    for dtype in BOUNDS:
+        rows = [(900, 1), (2100, 2100), (2500, 1030)]
+        World.make(7, rows, (3, 1), 33, 16, dtype).check(kernels(2), scale=0.2)
+
+
 def test_a_wrong_page_shows(kernels: Of) -> None:
     """A negative control: the comparison is not blind."""
     world = World.make(5, [(40, 1), (60, 30)], (4, 2), 32, 8, torch.bfloat16)

@@ -111,7 +111,7 @@ def test_heads(
 
 @EXAMPLES
 @given(
-    tokens=st.one_of(st.integers(1, 20), st.sampled_from([63, 64, 65, 130, 300])), outputs=SIZES, inputs=SIZES,
+    tokens=st.one_of(st.integers(1, 20), st.sampled_from([63, 64, 65, 130, 300, 2500])), outputs=SIZES, inputs=SIZES,
     dtype=DTYPES, kind=st.sampled_from(["linear", "silu", "gelu", "relu2"]), gated=st.booleans(), bias=st.booleans(),
     plus=st.booleans(), wide=st.booleans(), threads=st.integers(1, 3),
 )  # fmt: skip

@@ -73,9 +73,12 @@ class World:
             self.q.float(), self.kv, self.group, self.meta(torch.device("cpu")), scale, self.window, **rule
         )
 
-    def kernel(self, device: torch.device, scale: float = 0.3, captured: bool = False, **rule: Any) -> Tensor:
-        from quire.ops.triton.attention import attention as kernel
+    def kernel(
+        self, device: torch.device, scale: float = 0.3, captured: bool = False, invariant: bool = False, **rule: Any
+    ) -> Tensor:
+        from quire.ops.triton import attention as module
 
+        kernel = module.invariant_attention if invariant else module.attention
         group = GroupMeta(self.group.block_tables_RP.to(device), self.group.slots_T)
         meta = self.meta(device, captured)
         if isinstance(slopes := rule.get("slopes_H"), Tensor):
@@ -105,8 +108,7 @@ RULES: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("rows", [DECODES, MIXED], ids=["decodes", "mixed"])
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("window", [None, 1, 50])
+@pytest.mark.parametrize(("rule", "window"), [(rule, w) for rule in RULES for w in (None, 50)] + [(RULES[0], 1)])
 def test_rules(device: torch.device, rows: list[tuple[int, int]], rule: dict[str, Any], window: int | None) -> None:
     World(rows, window=window).check(device, **rule)
 
@@ -144,6 +146,13 @@ def test_where_only_the_device_knows_the_counts(
     World(rows, window=window).check(device, captured=True)
 
 
+@pytest.mark.parametrize("window", [None, 50, 128])
+@pytest.mark.parametrize("size", [64, 128])
+def test_prompts_of_common_heads(device: torch.device, size: int, window: int | None) -> None:
+    rows = [(7, 1), (0, 1), (300, 200), (129, 128), (256, 256), (200, 64)]
+    World(rows, size=size, window=window, dtype=torch.bfloat16).check(device)
+
+
 def test_long_rows_are_cut_and_put_together(device: torch.device) -> None:
     World([(5000, 1), (4999, 3)], heads=2, kv_heads=1).check(device)
 
@@ -162,15 +171,41 @@ def test_the_bits_of_a_row_do_not_depend_on_its_batch(device: torch.device, dtyp
         assert torch.equal(alone.kernel(device), together[row : row + 1])
 
 
-@pytest.mark.parametrize("window", [None, 50])
+@pytest.mark.parametrize("shape", [{}, {"window": 50}, {"size": 128, "dtype": torch.bfloat16}], ids=str)
 @pytest.mark.parametrize("cuts", [[48], [64, 100], [17, 31, 90]], ids=str)
 def test_the_bits_of_a_prompt_do_not_depend_on_its_chunks(
-    device: torch.device, window: int | None, cuts: list[int]
+    device: torch.device, shape: dict[str, Any], cuts: list[int]
 ) -> None:
-    whole = World([(150, 150)], window=window)
+    whole = World([(150, 150)], **shape)
     expected = whole.kernel(device)
     edges = [0, *cuts, 150]
     for start, stop in pairwise(edges):
-        chunk = World([(stop, stop - start)], window=window)
+        chunk = World([(stop, stop - start)], **shape)
         chunk.kv, chunk.q, chunk.group, chunk.width = whole.kv, whole.q[start:stop], whole.group, whole.width
         assert torch.equal(chunk.kernel(device), expected[start:stop])
+
+
+@pytest.mark.parametrize("captured", [False, True])
+def test_invariant(device: torch.device, captured: bool) -> None:
+    for world in (World(MIXED, window=50), World(DECODES, size=64)):
+        expected, got = world.reference(), world.kernel(device, captured=captured, invariant=True)
+        assert torch.allclose(got, expected, atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("shape", [{}, {"window": 50}, {"size": 128, "dtype": torch.bfloat16}], ids=str)
+@pytest.mark.parametrize("captured", [False, True])
+def test_invariant_bits_depend_neither_on_steps_nor_on_neighbours(
+    device: torch.device, shape: dict[str, Any], captured: bool
+) -> None:
+    """A prompt in one step, in chunks, and its last tokens as decodes among other rows."""
+    whole = World([(150, 150)], **shape)
+    expected = whole.kernel(device, invariant=True)
+    for start, stop in pairwise([0, 17, 100, 147, 148, 149, 150]):
+        among = stop - start == 1
+        world = World([(stop, stop - start), *([(20, 1), (0, 1), (130, 1)] if among else [])], **shape)
+        world.kv, world.width = whole.kv, whole.width
+        world.q = torch.cat([whole.q[start:stop], world.q[stop - start :]])
+        first = whole.group.block_tables_RP
+        world.group = GroupMeta(first.repeat(len(world.rows), 1), whole.group.slots_T)
+        got = world.kernel(device, captured=captured and among, invariant=True)
+        assert torch.equal(got[: stop - start], expected[start:stop])

@@ -13,5 +13,6 @@ from quire.ops.dispatch import REGISTRY
 ATTENTION = REGISTRY.op("attention", attention)
 native.register(ATTENTION, "supports_attention")
 triton.register(ATTENTION, "attention:attention", "supports_attention")
+triton.register(ATTENTION, "attention:invariant_attention", "supports_attention", "invariant")
 
 __all__ = ["ATTENTION", "AttentionMeta", "GroupMeta", "attention"]

@@ -108,7 +108,7 @@ def _row(q_QHE: Tensor, kv: Tensor, group: GroupMeta, meta: AttentionMeta, row: 
     q_KGQE = q_QHE.float().view(count, kv.shape[3], -1, size).permute(1, 2, 0, 3)
     i_Q = length - count + torch.arange(count, device=q_QHE.device)
     out_KGQE = torch.empty_like(q_KGQE)
-    width = max(1, _MAX_NUMBERS // (heads * j.shape[0]))
+    width = max(1, _MAX_NUMBERS // max(1, heads * j.shape[0]))
     for at in range(0, count, width):
         part = slice(at, at + width)
         scores = q_KGQE[:, :, part] @ k_KLE.unsqueeze(1).transpose(-1, -2)

@@ -92,6 +92,21 @@ def quantized_linear(
     return make(LINEAR_Q, flags | _small(1, inputs * outputs), pointers, ints)
 
 
+def computes(operation: Operation, x_TN: Tensor) -> bool:
+    """Whether an operation is a linear layer, and nothing more, that computes `x`."""
+    plain = operation.op in (LINEAR, LINEAR_Q) and not operation.flags & (GATED | 15 << 12) and not operation.p[4]
+    return plain and operation.p[3] == x_TN.data_ptr() and operation.i[1] == x_TN.shape[-1]
+
+
+def gated(linear: Operation, out: int, kind: str) -> Operation:
+    """A linear layer of 2N outputs with the gated activation of them, N dense outputs at `out`."""
+    made = Operation.from_buffer_copy(linear)
+    made.flags |= KINDS[kind] << 12 | GATED
+    made.p[3] = out
+    made.i[1] = made.i[5] = linear.i[1] // 2
+    return made
+
+
 def norm(
     op: int, x_TD: Tensor, residual_TD: Tensor | None, weight_D: Tensor | None, bias_D: Tensor | None, out_TD: Tensor,
     total_TD: Tensor | None, eps: float, tokens: int,

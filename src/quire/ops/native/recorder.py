@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from quire.ops.native import program
 from quire.ops.native.kernels import Kernels
 from quire.ops.native.library import Operation, Pool
 from quire.ops.native.program import Program, dim
@@ -34,6 +35,10 @@ class Unrecordable(Exception):
     """Why a forward cannot be recorded."""
 
 
+def _nothing() -> None:
+    pass
+
+
 class Buffers:
     """Memory between operations. A buffer is used again as soon as no tensor over it lives: a program runs in the order
     in which it was recorded, so whoever comes later in Python comes later in the program."""
@@ -41,6 +46,7 @@ class Buffers:
     def __init__(self) -> None:
         self.all: list[Bytes] = []
         self._free: list[Bytes] = []
+        self._then: dict[int, Callable[[], None]] = {}
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         size = math.prod(shape) * dtype.itemsize
@@ -52,8 +58,18 @@ class Buffers:
         weakref.finalize(array, self._release, slot).atexit = False
         return torch.from_numpy(array).view(dtype).view(shape)
 
+    def same(self, tensor: Tensor, address: int) -> bool:
+        """Whether `address` lies in the buffer that begins with `tensor`."""
+        slot = next(slot for slot in self.all if slot.ctypes.data == tensor.data_ptr())
+        return 0 <= address - slot.ctypes.data < slot.size
+
+    def when_free(self, tensor: Tensor, then: Callable[[], None]) -> None:
+        """Call `then` once no tensor over the buffer that begins with `tensor` lives."""
+        self._then[tensor.data_ptr()] = then
+
     def _release(self, slot: Bytes) -> None:
         self._free.append(slot)
+        self._then.pop(slot.ctypes.data, _nothing)()
 
     def _new(self, size: int) -> Bytes:
         self.all.append(untouched(size))
@@ -83,6 +99,23 @@ class Recorder(Kernels):
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         return self.buffers.empty(tuple(shape), dtype)
+
+    def gated_activation(self, x: Tensor, kind: str) -> Tensor:
+        """A part of the linear layer that computed `x`, where nothing else can read that."""
+        out = super().gated_activation(x, kind)
+        operations = self.tape.operations
+        linear = operations[-2] if len(operations) > 1 else None
+        if linear is None or not program.computes(linear, x) or self.buffers.same(out, linear.p[0]):
+            return out
+        count = len(operations)
+
+        def fuse() -> None:
+            if len(operations) == count:  # nothing was recorded meanwhile
+                operations[-2:] = [program.gated(operations[-2], out_at, kind)]
+
+        out_at = out.data_ptr()
+        self.buffers.when_free(x, fuse)
+        return out
 
     def count(self, size: int) -> int:
         if size not in self._sizes:

@@ -1,13 +1,15 @@
-"""The implementation named "triton" of the op `attention`: which kernels a step needs, and their constants.
+"""The implementations of the op `attention`: which kernels a step needs, and their constants.
 
-Owns: what a step makes once and its layers share (kept in `AttentionMeta.scratch`): lists of work, partial results, the
-choice of kernels. Rows of few tokens (decodes, drafts) are cut over their keys (`attention_split.py`), the others go by
-tiles of queries (`attention_tiles.py`). Where the host does not know the counts (a captured graph of mixed rows), both
-run and the device decides.
+Owns: what a step makes once and its layers share (kept in `AttentionMeta.scratch`): lists of work, room for partial
+results, the choice of kernels. "triton": rows of few tokens (decodes, drafts) are cut over their keys
+(`attention_split.py`), the others go by tiles of queries (`attention_tiles.py`); where the host does not know the
+counts (a captured graph of mixed rows), both run and the device decides. "invariant": all rows go by tiles of one
+shape, so that the bits of a token do not depend on how its row was cut into steps either.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -15,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quire.ops.attention import reference
 from quire.ops.attention.meta import AttentionMeta, GroupMeta
 from quire.ops.triton.attention_split import split_attention
 from quire.ops.triton.attention_tiles import tile_attention
@@ -41,7 +44,8 @@ class SplitShape:
 
 @dataclass(frozen=True, slots=True)
 class TileShape:
-    """Constants of `tile_attention`: rows (tokens x heads) and keys of a tile."""
+    """Constants of `tile_attention`: rows (tokens x heads) and keys of a tile. `programs`: for each multiprocessor,
+    where the host does not know how many tiles there are."""
 
     rows: int
     keys: int
@@ -56,6 +60,9 @@ def split_shape(bytes_of_key: int, rows: int) -> SplitShape:
     about programs, stages and registers only. Measured on an H200, 2026-11-20."""
     if bytes_of_key > 256:
         return SplitShape(tile=32) if bytes_of_key <= 512 else SplitShape(tile=16, segment=4, stages=2)
+    if bytes_of_key <= 128:
+        few = rows <= 16
+        return SplitShape(tile=64, programs=3 if few else 4, registers=168 if few else 128)
     if rows <= 16:
         return SplitShape(tile=64, programs=2)
     if rows <= 256:
@@ -64,27 +71,31 @@ def split_shape(bytes_of_key: int, rows: int) -> SplitShape:
 
 
 def tile_shape(bytes_of_key: int, exact: bool, rows: int) -> TileShape:
-    """`rows`: tokens x heads of the longest row."""
+    """`rows`: tokens x heads of the longest row.
+
+    Measured on an H200, 2026-11-20: two programs of 128 registers a thread share a multiprocessor; one computes weights
+    while the other's products are under way. One program with a schedule of its own (in Gluon) reached 0.82 of that;
+    cuDNN 1.09 over gathered keys, but it plans each new length for up to 0.9 s.
+    """
     if exact:
-        return TileShape(rows=32, keys=32 if bytes_of_key <= 512 else 16, warps=4, stages=2)
+        return _exact_shape(bytes_of_key)
     few = rows <= 64
     if bytes_of_key <= 128:
-        return TileShape(64, 64, 4, 2) if few else TileShape(128, 64, 8, 3, registers=128)
+        return TileShape(64, 64, 4, 3) if few else TileShape(128, 64, 8, 3, registers=128)
     if bytes_of_key <= 256:
         return TileShape(64, 64, 4, 3) if few else TileShape(128, 64, 8, 2, registers=128)
     return TileShape(64, 32, 4, 2) if few else TileShape(128, 32, 8, 2)
 
 
-def hopper_shape(size: int, group: int, rows: int) -> TileShape | None:
-    """For `tile_attention_hopper`, where it serves heads of this size and is the faster."""
-    if size not in (64, 128) or group > 64:
-        return None
-    return TileShape(128, 128, 8, 0)
+def invariant_shape(bytes_of_key: int, exact: bool) -> TileShape:
+    """One for all rows of a layer."""
+    if exact:
+        return _exact_shape(bytes_of_key)
+    return TileShape(64, 64, 4, 3) if bytes_of_key <= 256 else TileShape(64, 32, 4, 2)
 
 
-@cache
-def _is_hopper(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
+def _exact_shape(bytes_of_key: int) -> TileShape:
+    return TileShape(rows=32, keys=32 if bytes_of_key <= 512 else 16, warps=4, stages=2)
 
 
 @cache
@@ -97,7 +108,7 @@ class Step:
 
     def __init__(
         self, q_THE: Tensor, kv: Tensor, meta: AttentionMeta, scale: float, window: int | None,
-        softcap: float | None, slopes: bool,
+        softcap: float | None, slopes: bool, invariant: bool,
     ) -> None:  # fmt: skip
         tokens, heads, size = q_THE.shape
         pages, block, kv_heads = kv.shape[1:4]
@@ -106,8 +117,10 @@ class Step:
         padded = max(16, power(size))
         bytes_of_key = padded * (4 if exact else kv.element_size())
         wide = pages * block * kv_heads * size >= 1 << 31
-        few = max(1, 16 // group)  # tokens of a short row: they fill no more than a tile of 16 rows
-        strides = (kv.stride(0), q_THE.stride(0), q_THE.stride(1))
+        # Tokens of a short row: they fill no more than a tile of 16 rows.
+        few = 0 if invariant else max(1, 16 // group)
+        assert kv.is_contiguous()
+        strides = (q_THE.stride(0), q_THE.stride(1))
         rule = (scale * _LOG2E, 0.0) if softcap is None else (scale / softcap, softcap * _LOG2E)
         common = (
             *strides, *rule, heads, kv_heads, size, padded, block, exact, wide, window is not None,
@@ -117,42 +130,35 @@ class Step:
         self.split = self.tiles = None
         q_lens = [1] * len(meta.lengths_R) if meta.q_lens is None and meta.max_q == 1 else meta.q_lens
         short = len(meta.lengths_R) if q_lens is None else sum(count <= few for count in q_lens)
-        if short:
+        if short and few:
             queries = 1 if q_lens is not None and all(count <= 1 or count > few for count in q_lens) else few
             self._plan_split(
                 meta, short, few, queries, heads, kv_heads, padded, split_shape(bytes_of_key, short), common
             )
         if q_lens is None or short < len(q_lens):
-            rows = group * (meta.max_q if q_lens is None else max(q_lens))
-            by_hand = None
-            if not exact and softcap is None and not slopes and _is_hopper(q_THE.device):
-                by_hand = hopper_shape(size, group, rows)
-            shape = by_hand or tile_shape(bytes_of_key, exact, rows)
-            height = max(shape.rows, power(group))
-            queries = height // group
-            units = _multiprocessors(q_THE.device)
-            if q_lens is None:
-                tiles = min(tokens // (few + 1), len(meta.lengths_R)) + tokens // queries
-                programs = min(tiles * kv_heads, units * shape.programs)
-            else:
-                tiles = sum(-(-count // queries) for count in q_lens if count > few)
-                programs = tiles * kv_heads
-            items = torch.empty((max(1, tiles), ITEM), dtype=torch.int32, device=q_THE.device)
-            head = torch.empty(1, dtype=torch.int32, device=q_THE.device)
-            rows = len(meta.lengths_R)
-            tile_items((rows, 1, 1), (meta.cu_q, meta.lengths_R, items, head), (rows,), (few, queries))
-            self.tile_grid, self.tile_work, self.tile_shape = (programs, 1, 1), (items, head), shape
-            if by_hand is None:
-                self.tiles = tile_attention
-                self.tile_constants = (*common, height, shape.keys, shape.stages)
-            else:
-                from quire.ops.triton.attention_hopper import tile_attention_hopper
+            longest = group * (meta.max_q if q_lens is None else max(q_lens))
+            shape = invariant_shape(bytes_of_key, exact) if invariant else tile_shape(bytes_of_key, exact, longest)
+            self._plan_tiles(meta, tokens, q_lens, few, kv_heads, max(shape.rows, power(group)), shape, common)
 
-                self.tiles = tile_attention_hopper
-                self.tile_constants = (
-                    *strides, rule[0], heads, kv_heads, size, block, wide, window is not None, height, shape.keys,
-                    shape.warps,
-                )  # fmt: skip
+    def _plan_tiles(
+        self, meta: AttentionMeta, tokens: int, q_lens: Sequence[int] | None, few: int, kv_heads: int, height: int,
+        shape: TileShape, common: tuple[Any, ...],
+    ) -> None:  # fmt: skip
+        device = meta.lengths_R.device
+        rows = len(meta.lengths_R)
+        queries = height * kv_heads // common[4]
+        if q_lens is None:
+            tiles = min(tokens // (few + 1), rows) + tokens // queries
+            programs = min(tiles * kv_heads, _multiprocessors(device) * shape.programs)
+        else:
+            tiles = sum(-(-count // queries) for count in q_lens if count > few)
+            programs = tiles * kv_heads
+        items = torch.empty((max(1, tiles), ITEM), dtype=torch.int32, device=device)
+        head = torch.empty(1, dtype=torch.int32, device=device)
+        tile_items((rows, 1, 1), (meta.cu_q, meta.lengths_R, items, head), (rows,), (few, queries))
+        self.tiles = tile_attention
+        self.tile_grid, self.tile_work, self.tile_shape = (max(1, programs), 1, 1), (items, head), shape
+        self.tile_constants = (*common, height, shape.keys, shape.stages)
 
     def _plan_split(
         self, meta: AttentionMeta, short: int, few: int, queries: int, heads: int, kv_heads: int, padded: int,
@@ -183,7 +189,7 @@ class Step:
 
     def run(self, q_THE: Tensor, kv: Tensor, table_RP: Tensor, slopes_H: Tensor | None, out_THE: Tensor) -> None:
         tensors = (q_THE, kv, table_RP, slopes_H, out_THE)
-        sizes = (table_RP.stride(0), self.window)
+        sizes = (table_RP.stride(0), self.window, kv.shape[1])
         if self.split is not None:
             shape = self.split_shape
             self.split(
@@ -208,12 +214,37 @@ def attention(
     softcap: float | None = None,
     slopes_H: Tensor | None = None,
 ) -> Tensor:
-    """See `quire.ops.attention.reference`. The bits of a row depend on the row alone, not on its batch. `scale` must be
-    positive; q, keys and values lie with E contiguous."""
-    key = (attention, q_THE.shape, q_THE.stride(), kv.shape, scale, window, softcap, slopes_H is None)
+    """See `quire.ops.attention.reference`. The bits of a row depend on the row and on how many of its tokens the step
+    computes, not on the other rows. `scale` must be positive; the numbers of a head lie side by side. Keys and
+    values in int8 are left to the reference."""
+    return _attend(q_THE, kv, group, meta, scale, window, softcap, slopes_H, False)
+
+
+def invariant_attention(
+    q_THE: Tensor,
+    kv: Tensor,
+    group: GroupMeta,
+    meta: AttentionMeta,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    slopes_H: Tensor | None = None,
+) -> Tensor:
+    """As `attention`, but the bits of a token depend on its row's keys and its place alone. Rows are not cut over their
+    keys: few and long ones are slow."""
+    return _attend(q_THE, kv, group, meta, scale, window, softcap, slopes_H, True)
+
+
+def _attend(
+    q_THE: Tensor, kv: Tensor, group: GroupMeta, meta: AttentionMeta, scale: float, window: int | None,
+    softcap: float | None, slopes_H: Tensor | None, invariant: bool,
+) -> Tensor:  # fmt: skip
+    if kv.dtype == torch.int8:
+        return reference.attention(q_THE, kv, group, meta, scale, window, softcap, slopes_H)
+    key = (Step, invariant, q_THE.shape, q_THE.stride(), kv.shape, scale, window, softcap, slopes_H is None)
     step = meta.scratch.get(key)
     if step is None:
-        step = Step(q_THE, kv, meta, scale, window, softcap, slopes_H is not None)
+        step = Step(q_THE, kv, meta, scale, window, softcap, slopes_H is not None, invariant)
         meta.scratch[key] = step
     out_THE = torch.empty(q_THE.shape, dtype=q_THE.dtype, device=q_THE.device)
     step.run(q_THE, kv, group.block_tables_RP, slopes_H, out_THE)

@@ -1,3 +1,4 @@
+# pyright: reportAssignmentType=false, reportOperatorIssue=false
 """Attention of rows of few tokens over pages: the work is cut over the keys, all query heads of a KV head together.
 
 Owns: the kernel that computes the items of `attention_work.split_items`, and the order in which a row's segments are
@@ -74,8 +75,8 @@ def _leave(
 
 @Kernel
 def split_attention(
-    q_ptr, kv_ptr, table_ptr, slopes_ptr, out_ptr, items_ptr, arrived_ptr, parts_ptr, tops_ptr, TABLE, WINDOW, RANGES,
-    value_offset: tl.constexpr, q_token: tl.constexpr, q_head: tl.constexpr, scale: tl.constexpr,
+    q_ptr, kv_ptr, table_ptr, slopes_ptr, out_ptr, items_ptr, arrived_ptr, parts_ptr, tops_ptr,
+    TABLE, WINDOW, PAGES, RANGES, q_token: tl.constexpr, q_head: tl.constexpr, scale: tl.constexpr,
     softcap: tl.constexpr, H: tl.constexpr, K: tl.constexpr, E: tl.constexpr, EP: tl.constexpr, B: tl.constexpr,
     EXACT: tl.constexpr, WIDE: tl.constexpr, WINDOWED: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr,
     BQ: tl.constexpr, M: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
@@ -90,6 +91,7 @@ def split_attention(
     wait(PDL)
     G: tl.constexpr = H // K
     SHARED: tl.constexpr = BQ * G
+    value_offset = PAGES.to(tl.int64) * (B * K * E)
     precision: tl.constexpr = "ieee" if EXACT else "tf32"
     kind = tl.float32 if EXACT else kv_ptr.dtype.element_ty
     rows = tl.arange(0, M)

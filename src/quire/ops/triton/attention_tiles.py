@@ -1,7 +1,8 @@
+# pyright: reportAssignmentType=false, reportOperatorIssue=false
 """Attention of rows of many tokens over pages: tiles of queries, all query heads of a KV head together.
 
 Owns: the kernel that computes the items of `attention_work.tile_items`. A query's result depends on its row's keys
-alone, neither on the tile that it is in nor on how the prompt was cut into steps: tiles of keys start at multiples of N,
+alone, not on the tile that it is in, nor on how the prompt was cut into steps: tiles of keys start at multiples of N,
 and what a query does not see changes nothing.
 Shape legend: M rows of a tile (tokens x G query heads, filled up), N keys of a tile, E head size, B tokens of a block.
 """
@@ -59,8 +60,8 @@ def _sweep(
 
 @Kernel
 def tile_attention(
-    q_ptr, kv_ptr, table_ptr, slopes_ptr, out_ptr, items_ptr, head_ptr, TABLE, WINDOW,
-    value_offset: tl.constexpr, q_token: tl.constexpr, q_head: tl.constexpr, scale: tl.constexpr,
+    q_ptr, kv_ptr, table_ptr, slopes_ptr, out_ptr, items_ptr, head_ptr, TABLE, WINDOW, PAGES,
+    q_token: tl.constexpr, q_head: tl.constexpr, scale: tl.constexpr,
     softcap: tl.constexpr, H: tl.constexpr, K: tl.constexpr, E: tl.constexpr, EP: tl.constexpr, B: tl.constexpr,
     EXACT: tl.constexpr, WIDE: tl.constexpr, WINDOWED: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
@@ -70,6 +71,7 @@ def tile_attention(
     release(PDL)
     wait(PDL)
     G: tl.constexpr = H // K
+    value_offset = PAGES.to(tl.int64) * (B * K * E)
     kind = tl.float32 if EXACT else kv_ptr.dtype.element_ty
     rows = tl.arange(0, M)
     e = tl.arange(0, EP)

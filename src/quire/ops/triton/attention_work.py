@@ -1,3 +1,4 @@
+# pyright: reportGeneralTypeIssues=false
 """What there is to do in a step's attention, listed on the device from the rows' lengths.
 
 Owns: two lists that the layers of a step share. `split_items`: rows of few tokens, cut over their keys for

@@ -6,6 +6,7 @@ A draw is one number: the score as an ordered int32, then 2^31 - 1 - token, in a
 score, and among equals the lowest id; NaN is above all.
 """
 
+# pyright: reportGeneralTypeIssues=false
 from __future__ import annotations
 
 import triton

@@ -342,8 +342,9 @@ def sample(
     """The op `sample`: see `ops.sampling.sample`. Nine launches at most, whatever `static`."""
     out = Out.new(logits_SV.shape[0], logits_SV.device, low=True)
     seed, number, position = (x.contiguous() for x in noise)
-    arrays = (x.contiguous() for x in (temperature_S, log_min_p_S, top_k_S, top_p_S, greedy_S))
-    of = _Of(None, position, None, None, *arrays, seed, number)
+    temperature, log_min_p, top_k = (x.contiguous() for x in (temperature_S, log_min_p_S, top_k_S))
+    top_p, greedy = top_p_S.contiguous(), greedy_S.contiguous()
+    of = _Of(None, position, None, None, temperature, log_min_p, top_k, top_p, greedy, seed, number)
     _general(logits_SV, of, out, store=True, truncated=True, nucleus=nucleus)
     assert out.low_S is not None
     return out.tokens_S, out.top_S, out.low_S

@@ -36,11 +36,6 @@ def untyped(case: Case) -> str | None:
     return refusal(replace(case, dtype=torch.float32))
 
 
-def supports_copies(case: Case) -> str | None:
-    """Pages are moved as they are, whatever their type."""
-    return refusal(replace(case, dtype=torch.float32))
-
-
 def supports_linear(case: Case) -> str | None:
     """torch's own product is what a case in float32 needs."""
     return refusal(case) or ("is for bfloat16 and float16" if case.dtype == torch.float32 else None)

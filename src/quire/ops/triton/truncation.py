@@ -14,7 +14,7 @@ a threshold follows from counts and from masses that are whole numbers; floats o
 Shape legend: S rows, V vocabulary, P parts of a row, N blocks of a row, L length of a list.
 """
 
-# pyright: reportPossiblyUnboundVariable=false
+# pyright: reportPossiblyUnboundVariable=false, reportGeneralTypeIssues=false
 from __future__ import annotations
 
 from functools import partial
@@ -411,6 +411,9 @@ def settle(
             mass_of = masses + (row * P + part) * 2
             all_mass = tl.sum(tl.load(mass_of, mask=part < P, other=0), 0)
             mass_above = tl.sum(tl.load(mass_of + 1, mask=part < P, other=0), 0)
+            if todo == KTH:  # its list has all there is; nobody weighed the row
+                all_mass *= 0
+                mass_above *= 0
             draws_of = lists + row.to(tl.int64) * L
             if count <= _SMALL:
                 low, found, draw = _from_list(
