@@ -152,8 +152,8 @@ def _circumstances(result: dict[str, Any], vllm: dict[str, Any]) -> list[str]:
     minutes = f"{result['seconds'] / 60:.1f} minutes"
     lines = [
         f"`python -m benchmarks.gpu.run`, {result['date']}, {minutes} on one {machine['gpu']}, "
-        f"{machine['cores']} cores of {machine['cpu']}. {versions}. bf16, random weights, medians, quire's defaults but for "
-        f"`max_model_len` (and, for W4, prefix caching off). Beside it the recorded figures of vLLM {vllm['version']} "
+        f"{machine['cores']} cores of {machine['cpu']}. {versions}. bf16, random weights, medians, quire's "
+        f"defaults but for `max_model_len` (and, for W4, prefix caching off). Beside it the recorded figures of vLLM {vllm['version']} "
         f"({vllm['date']}, {vllm['machine']}; where two, from hosts with different processors)."
     ]
     if ceilings := result.get("ceilings"):
