@@ -153,8 +153,8 @@ def _circumstances(result: dict[str, Any], vllm: dict[str, Any]) -> list[str]:
     lines = [
         f"`python -m benchmarks.gpu.run`, {result['date']}, {minutes} on one {machine['gpu']}, "
         f"{machine['cores']} cores of {machine['cpu']}. {versions}. bf16, random weights, medians, quire's "
-        f"defaults but for `max_model_len` (and, for W4, prefix caching off). Beside it the recorded figures of vLLM {vllm['version']} "
-        f"({vllm['date']}, {vllm['machine']}; where two, from hosts with different processors)."
+        f"defaults but for `max_model_len` (and, for W4, prefix caching off). Beside it the recorded "
+        f"figures of vLLM {vllm['version']} ({vllm['date']}, {vllm['machine']}; where two: unlike processors)."
     ]
     if ceilings := result.get("ceilings"):
         lines += [
