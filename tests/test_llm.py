@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import signal
 import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -354,3 +356,20 @@ def test_methods_that_are_not_here_say_why(make: Callable[..., LLM]) -> None:
         llm.embed("a")
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         llm.nothing()
+
+
+def test_a_closed_engine_holds_no_memory_until_somebody_collects_garbage() -> None:
+    """On a GPU the next engine would find it full."""
+    gc.collect()
+    gc.disable()
+    try:
+        llm = LLM("demo", skip_tokenizer_init=True, max_model_len=128)
+        client: Any = llm.llm_engine.client
+        runner = client._executor.worker._runner
+        held = [weakref.ref(thing) for thing in (client._executor.worker, runner, runner._store, runner._model)]
+        del runner
+        llm.close()
+        del llm, client
+        assert [ref() for ref in held] == [None] * len(held)
+    finally:
+        gc.enable()

@@ -10,10 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from quire.config.args import EngineArgs
-from quire.config.resolve import GIB, default_budgets, resolve
+from quire.config.resolve import GIB, INVARIANT, default_budgets, resolve
 from quire.config.schema import Config
+from quire.ops import report
+from quire.ops.dispatch import REGISTRY
 from quire.types.errors import ClientError
 from quire.utils.devices import Gpu, Machine
 
@@ -282,10 +285,30 @@ def test_a_folder_may_be_a_path(make_checkpoint: Make) -> None:
 
 
 def test_deterministic_chooses_implementations_on_a_gpu(make_checkpoint: Make) -> None:
-    folder = make_checkpoint()
-    args = EngineArgs(model=str(folder), deterministic=True, ops={"linear": "reference"})
-    found = resolve(args, machine=H200).device.ops
+    folder = str(make_checkpoint())
+    found = resolve(EngineArgs(model=folder, deterministic=True, ops={"linear": "reference"}), machine=H200).device.ops
     assert found == {"linear": "reference", "gated_linear": "invariant", "attention": "invariant"}
-    assert not resolve(EngineArgs(model=str(folder)), machine=H200).device.ops
-    with pytest.raises(ClientError, match="for GPUs; leave it out"):
-        resolve(args, machine=CPU)
+    assert not resolve(EngineArgs(model=folder), machine=H200).device.ops
+    for op, name in INVARIANT.items():
+        report(torch.device("cpu"), torch.float32)  # imports all that is built in
+        assert name in [known.name for known in REGISTRY[op].implementations]
+
+
+@pytest.mark.parametrize(
+    ("machine", "given", "why"),
+    [
+        (CPU, {}, "for GPUs; leave it out"),
+        (H200, {"quantization": "int8"}, "no kernels for quantization='int8'"),
+        (H200, {"dtype": "float32"}, "no kernels for float32"),
+    ],
+)
+def test_what_deterministic_cannot_keep_is_refused(
+    make_checkpoint: Make, machine: Machine, given: dict[str, Any], why: str
+) -> None:
+    with pytest.raises(ClientError, match=why):
+        resolve(EngineArgs(model=str(make_checkpoint()), deterministic=True, **given), machine=machine)
+
+
+def test_an_int8_cache_is_refused_on_a_gpu(make_checkpoint: Make) -> None:
+    with pytest.raises(ClientError, match="no kernels on a GPU"):
+        resolve(EngineArgs(model=str(make_checkpoint()), kv_cache_dtype="int8"), machine=H200)

@@ -7,6 +7,7 @@ from typing import Any
 from unittest.mock import Mock
 
 import pytest
+import torch
 
 from quire import LLM, SamplingParams
 from quire.ops.sampling import DRAW_STEP
@@ -16,7 +17,7 @@ from quire.runner.record import PlainRecorder
 PROMPTS = [[(7 * i + 3 * j) % 2000 + 10 for j in range(n)] for i, n in enumerate((1, 3, 90, 17, 33, 5))]
 
 
-def run(graphs: bool, captured: int = 200, **options: Any) -> tuple[list[Any], set[Any], int]:
+def run(graphs: bool, captured: int = 200, prepare: bool = True, **options: Any) -> tuple[list[Any], set[Any], int]:
     """What is visible, the sizes that were captured, how many steps brought their pages along."""
     fixed: dict[str, Any] = {"dtype": "float32", "max_model_len": 160, "device": "cpu", "enforce_eager": True}
     with LLM("demo", skip_tokenizer_init=True, **fixed, **options) as llm:
@@ -45,7 +46,8 @@ def run(graphs: bool, captured: int = 200, **options: Any) -> tuple[list[Any], s
 
             replay._places = places
             replay._run_ragged = Mock(wraps=replay._run_ragged)
-            replay.prepare()
+            if prepare:
+                replay.prepare()
             runner._replay = replay
             runner._draw_step = worker.ops.bind(DRAW_STEP)
         common: dict[str, Any] = {"max_tokens": 40, "ignore_eos": True, "detokenize": False}
@@ -95,3 +97,52 @@ def test_sizes() -> None:
             assert served - count < max(8, count // 4)
     assert token_sizes(100) == [16, 32, 64] and token_sizes(10) == []
     assert token_sizes(1 << 20)[-1] == 2048
+
+
+def forked(graphs: bool, **options: Any) -> list[Any]:
+    """Prompts whose last chunks fit pages that are there, with several samples of each: forks without new pages."""
+    fixed: dict[str, Any] = {"dtype": "float32", "max_model_len": 160, "device": "cpu", "enforce_eager": True}
+    with LLM("demo", skip_tokenizer_init=True, max_num_batched_tokens=40, **fixed, **options) as llm:
+        client: Any = llm.llm_engine.client
+        worker = client._executor.worker
+        runner = worker._runner
+        if graphs:
+            model, table, store = runner._model, runner._table, runner._store
+            runner._replay = Graphs(model, table, store, worker.ops, worker.device, 40, 2, 40, PlainRecorder())
+            runner._draw_step = worker.ops.bind(DRAW_STEP)
+        common: dict[str, Any] = {"ignore_eos": True, "detokenize": False, "max_tokens": 12}
+        params = [SamplingParams(n=1 + i % 3, temperature=1.0, seed=i, **common) for i in range(10)]
+        prompts: Any = [{"prompt_token_ids": [(5 * i + j) % 900 + 9 for j in range(33 + 5 * i)]} for i in range(10)]
+        outputs = llm.generate(prompts, params, use_tqdm=False)
+        return [[list(c.token_ids) for c in output.outputs] for output in outputs]
+
+
+@pytest.mark.parametrize("options", [{}, {"depth": 2, "lead": 1}], ids=str)
+def test_forks_without_new_pages(options: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
+    assert forked(True, **options) == forked(False, **options)
+    assert not [record for record in caplog.records if record.levelname in ("WARNING", "ERROR")], "no step failed"
+
+
+class Full(PlainRecorder):
+    """Memory suffices for no graph of more than so many tokens."""
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+
+    def __call__(self, function: Any) -> Any:
+        captured, out = super().__call__(function)
+        if out.shape[0] > self.most:
+            raise torch.OutOfMemoryError("there is none")
+        return captured, out
+
+
+def test_a_step_that_no_graph_can_be_made_for_runs_from_python(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(f"{__name__}.PlainRecorder", lambda: Full(4))
+    replayed, captured, _ = run(True, prepare=False)
+    monkeypatch.undo()
+    eager, _, _ = run(False)
+    assert replayed == eager
+    assert captured and max(rows for _, _, rows in captured) <= 4
+    assert "no memory for a graph" in caplog.text and "failed" not in caplog.text

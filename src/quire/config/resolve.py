@@ -73,6 +73,9 @@ def resolve(args: EngineArgs, *, machine: Machine | None = None, usage: str = "l
     max_model_len, arch = _lengths(args, replace(arch, eos_token_ids=tuple(eos)))
     parallel = _parallel(args, device, machine)
     dtype = _dtype(args.dtype, raw, device, machine)
+    if device == "cuda" and args.kv_cache_dtype == "int8":
+        text = "kv_cache_dtype='int8' has no kernels on a GPU: leave it out, or use device='cpu'"
+        raise ClientError(text, "kv_cache_dtype", "int8")
     return Config(
         model=_model(args, path, arch, dtype, max_model_len, generation),
         cache=_cache(args, dtype, machine),
@@ -80,7 +83,7 @@ def resolve(args: EngineArgs, *, machine: Machine | None = None, usage: str = "l
         parallel=parallel,
         load=LoadConfig(load_format=args.load_format, download_dir=args.download_dir, revision=args.revision),
         device=DeviceConfig(
-            device=device, threads=_threads(args, machine, parallel.world_size), ops=_ops(args, device)
+            device=device, threads=_threads(args, machine, parallel.world_size), ops=_ops(args, device, dtype)
         ),
         observability=ObservabilityConfig(
             disable_log_stats=args.disable_log_stats,
@@ -131,12 +134,24 @@ def _device(args: EngineArgs, machine: Machine) -> str:
 INVARIANT = {"linear": "invariant", "gated_linear": "invariant", "attention": "invariant"}
 
 
-def _ops(args: EngineArgs, device: str) -> dict[str, str]:
+def _ops(args: EngineArgs, device: str, dtype: str) -> dict[str, str]:
     if not args.deterministic:
         return dict(args.ops)
     if device != "cuda":
         raise ClientError(
             "deterministic=True is for GPUs; leave it out on a CPU", parameter="deterministic", value=True
+        )
+    if args.quantization is not None:
+        raise ClientError(
+            f"deterministic=True has no kernels for quantization={args.quantization!r}: leave one of them out",
+            parameter="deterministic",
+            value=True,
+        )
+    if dtype == "float32":
+        raise ClientError(
+            "deterministic=True has no kernels for float32: say dtype='bfloat16' or 'float16'",
+            parameter="deterministic",
+            value=True,
         )
     return {**INVARIANT, **args.ops}
 

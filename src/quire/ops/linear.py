@@ -114,7 +114,7 @@ def quantized_linear(
         return F.linear(x_TD, weight.dense().to(x_TD.dtype), bias_N).to(dtype)
     xq, scale_T1 = quantize_tokens(x_TD.flatten(0, -2))
     size = weight.group
-    y_TN = torch.zeros(xq.shape[0], weight.shape[0])
+    y_TN = torch.zeros(xq.shape[0], weight.shape[0], device=x_TD.device)
     wq = weight.integers()
     for g in range(weight.scale_NG.shape[1]):  # products of 8-bit numbers: float64 sums them exactly
         part = slice(g * size, (g + 1) * size)

@@ -53,7 +53,7 @@ Ints = NDArray[np.int32]
 
 def decode_sizes(most: int) -> list[int]:
     """Rows that there may be a graph for, rising, up to `most`: padding is at most a fifth of a step."""
-    steps = [1, 2, 4, *range(8, 64, 8), *range(64, 256, 16), *range(256, 512, 32), *range(512, most + 64, 64)]
+    steps = [1, 2, 4, *range(8, 64, 8), *range(64, 256, 16), *range(256, 512, 32), *range(512, most + 128, 128)]
     return [*(size for size in steps if size < most), most]
 
 
@@ -132,20 +132,21 @@ class Graphs:
         self._cu_q = torch.arange(rows + 1, dtype=torch.int32, device=device)
         self._place = np.zeros(table.padding_row + 1, np.int64)
         self._forwards: dict[tuple[str, int, int], tuple[Captured, Tensor]] = {}
+        self._too_large = set[tuple[str, int, int]]()
+        self._logits: Tensor | None = None  # of steps that are not decodes, whatever their size
         packed_B2 = torch.zeros((rows, 2), dtype=torch.int32, device=device)
         self._out = Out.new(rows, device)._replace(packed_S2=packed_B2, last_X=table.last_R, length_X=table.length_R)
         self._draws: dict[tuple[int, Kind], Captured] = {}
         self._ran = (0, 0)  # the size of the decode graph that ran last, and rows of the step
+
+    carries = True
 
     # -- the seam ----------------------------------------------------------------------------------------------------
 
     def takes(self, plan: Plan) -> bool:
         return len(plan.rows) > 0 and plan.positions is None
 
-    def carries(self, plan: Plan) -> bool:
-        return True
-
-    def run(self, plan: Plan, carried: bool) -> Replayed:
+    def run(self, plan: Plan) -> Replayed:
         if _decodes(plan):
             return self._run_decodes(plan)
         self._change(plan)
@@ -171,12 +172,12 @@ class Graphs:
         count = len(plan.rows)
         size = _above(self._decodes, count)
         self._send_decodes(plan, size)
-        if ("decode", size, size) not in self._forwards:
-            self._capture_decodes(size)
+        out = self._decode_out
+        if not self._captured(("decode", size, size)):
+            return Replayed(self._forward_decodes(size)[:count], out.rows_B[:count], out.lengths_B[:count])
         forward, logits_BV = self._forwards["decode", size, size]
         forward.replay()
         self._ran = size, count
-        out = self._decode_out
         return Replayed(logits_BV[:count], out.rows_B[:count], out.lengths_B[:count], draw=self.draw)
 
     def _send_decodes(self, plan: Plan, size: int) -> None:
@@ -216,8 +217,10 @@ class Graphs:
         inputs = self._inputs[: self._lines * size].view(self._lines, size)
         kept = inputs.clone()
         inputs[0], inputs[1:] = self._table.padding_row, PADDING
-        self._forwards["decode", size, size] = self._record(lambda: self._forward_decodes(size))
-        inputs.copy_(kept)
+        try:
+            self._forwards["decode", size, size] = self._record(lambda: self._forward_decodes(size))
+        finally:
+            inputs.copy_(kept)
 
     def _forward_decodes(self, size: int) -> Tensor:
         out = self._decode_out.first(size)
@@ -270,10 +273,8 @@ class Graphs:
         rows = max(rows, samples)
         layout = Layout(_above(self._tokens, tokens), _above(self._row_sizes, rows)) if graph else Layout(tokens, rows)
         self._send_ragged(plan, layout)
-        if graph:
-            key = ("ragged", layout.tokens, layout.rows)
-            if key not in self._forwards:
-                self._capture_ragged(layout.tokens, layout.rows)
+        key = ("ragged", layout.tokens, layout.rows)
+        if graph and self._captured(key):
             forward, logits_SV = self._forwards[key]
             forward.replay()
         else:
@@ -310,11 +311,23 @@ class Graphs:
         views = layout.views(self._inputs)
         for view, value in zip(views, (self._table.padding_row, PADDING, 0, 0, 0, 0, -1, -1), strict=True):
             view.fill_(value)
-        self._forwards["ragged", tokens, rows] = self._record(lambda: self._forward_ragged(layout, None))
-        self._inputs[: layout.size].copy_(kept)
+        if self._logits is None:
+            vocab = self._model.compute_logits(self._ragged_hidden(layout, None), None)
+            self._logits = vocab.new_empty((self._row_sizes[-1], vocab.shape[1]))
+        logits_RV = self._logits[:rows]
+        try:
+            self._forwards["ragged", tokens, rows] = self._record(
+                lambda: logits_RV.copy_(self._forward_ragged(layout, None))
+            )
+        finally:
+            self._inputs[: layout.size].copy_(kept)
 
     def _forward_ragged(self, layout: Layout, plan: Plan | None) -> Tensor:
-        """`plan`: where the host knows the rows; a graph does not."""
+        """Logits of the sampled rows. `plan`: where the host knows the rows; a graph does not."""
+        hidden_SD = self._ragged_hidden(layout, plan)
+        return self._model.compute_logits(hidden_SD, None) if len(hidden_SD) else hidden_SD
+
+    def _ragged_hidden(self, layout: Layout, plan: Plan | None) -> Tensor:
         rows_R, starts_R, cu_q, last_R, _, _, tokens_T, of_T = layout.views(self._inputs)
         out = self._ragged_out.first(layout.tokens, layout.rows)
         self._ragged_batch(RaggedInputs(rows_R, starts_R, cu_q, tokens_T, of_T), self._rows, out)
@@ -337,9 +350,7 @@ class Graphs:
             meta.num_decodes = int(np.argmax(counts != 1)) if (counts != 1).any() else len(counts)
             last_R = last_R[: len(plan.sample_rows)]
         hidden_TD = self._model(out.tokens_T, out.positions_T, Step(out.positions_T, meta, self._store.layers))
-        if not len(last_R):
-            return hidden_TD[:0]
-        return self._model.compute_logits(hidden_TD.index_select(0, last_R), None)
+        return hidden_TD.index_select(0, last_R)
 
     # -- both --------------------------------------------------------------------------------------------------------
 
@@ -348,7 +359,8 @@ class Graphs:
         pages = sum(len(delta.rows) for delta in plan.tables)
         new = len(plan.new_rows)
         if not pages and not new:
-            assert not len(plan.forks), "a fork inherits its pages"
+            if len(plan.forks):
+                self._table.fork(plan.forks)
             return
         host = self._changes.next(4 * pages + 2 * new)
         entries, at = host[: 4 * pages].reshape(-1, 4), 0
@@ -368,6 +380,19 @@ class Graphs:
             self._table.fork(plan.forks)
             new_N2 = new_N2[:0]
         self._update_rows(pages_E4, new_N2, self._rows)
+
+    def _captured(self, key: tuple[str, int, int]) -> bool:
+        """Whether there is a graph, now at the latest. Where memory does not suffice for one, there will be none."""
+        if key not in self._forwards and key not in self._too_large:
+            try:
+                if key[0] == "decode":
+                    self._capture_decodes(key[1])
+                else:
+                    self._capture_ragged(*key[1:])
+            except torch.OutOfMemoryError as error:
+                self._too_large.add(key)
+                log.warning("no memory for a graph of %d tokens, which run from Python: %s", key[1], error)
+        return key in self._forwards
 
     def _longest(self) -> int:
         return min(each.shape[1] for each in self._table.pages_RP) * self._table.block_size

@@ -12,7 +12,9 @@ import torch
 
 from quire.config.schema import Config
 from quire.layers.step import AttentionMeta, GroupMeta, Step
+from quire.loading.passes import DTYPES
 from quire.models.base import CausalLM
+from quire.runner.graphs import decode_sizes
 from quire.runner.kv_store import KVStore, page_bytes
 from quire.types.errors import ClientError
 from quire.types.kv import KVGroup, pages_needed
@@ -128,7 +130,8 @@ def device_memory(
     peak = torch.cuda.max_memory_allocated(device) - before - weights
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(device)
-    graphs = 2 * rows * arch.vocab_size * 2  # logits of decode steps, which live apart from those of others
+    # Logits of graphs live apart: those of each size of decode step, and one buffer for all others.
+    graphs = (sum(decode_sizes(min(tokens, rows))) + rows) * arch.vocab_size * DTYPES[config.model.dtype].itemsize
     return Device(total, free, weights, peak + graphs)
 
 

@@ -72,7 +72,7 @@ class ModelRunner:
         """Start a step; returns before the device is done."""
         table, upload = self._table, self._upload
         replayed = self._replay.takes(plan) and not self._wants_prompt_logprobs(plan)
-        carried = replayed and self._replay.carries(plan)
+        carried = replayed and self._replay.carries
         if carried:
             table.enter(plan)
         else:
@@ -85,7 +85,7 @@ class ModelRunner:
         if not len(plan.rows):
             return Pending(plan.number, None, ())
         if replayed:
-            return Pending(plan.number, self._sample_replayed(plan, self._replay.run(plan, carried)), ())
+            return Pending(plan.number, self._sample_replayed(plan, self._replay.run(plan)), ())
         batch = batches.build(plan, upload, table, self._store.layers)
         hidden_TD = self._model(batch.tokens_T, batch.step.positions_T, batch.step)
         table.length_R[batch.rows_R] = batch.lengths_R

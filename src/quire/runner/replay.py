@@ -56,6 +56,8 @@ class HostReplay:
     """Steps of up to `max_tokens` tokens, or as many as the kernels serve. Raises `Unrecordable` for models whose
     forward is not all native."""
 
+    carries = False
+
     def __init__(self, model: CausalLM, table: RequestTable, store: KVStore, native: Kernels, max_tokens: int) -> None:
         pool = native.pool
         self._max_tokens = min(max_tokens, most_tokens(model))
@@ -116,10 +118,7 @@ class HostReplay:
     def takes(self, plan: Plan) -> bool:
         return 0 < len(plan.rows) <= self._max_rows and int(plan.counts.sum()) <= self._max_tokens
 
-    def carries(self, plan: Plan) -> bool:
-        return False
-
-    def run(self, plan: Plan, carried: bool = False) -> Replayed:
+    def run(self, plan: Plan) -> Replayed:
         num_rows, total = len(plan.rows), int(plan.counts.sum())
         host, size = self._host, self._table.block_size
         rows, counts = plan.rows, plan.counts

@@ -30,27 +30,26 @@ class Replayed:
 
 
 class Replay(Protocol):
+    """`carries`: `run` brings the plan's changes of the device's rows along."""
+
+    carries: bool
+
     def takes(self, plan: Plan) -> bool:
         """Whether `run` can serve the plan; else it runs eagerly."""
         ...
 
-    def carries(self, plan: Plan) -> bool:
-        """Whether `run` then brings the plan's changes of the table along."""
-        ...
-
-    def run(self, plan: Plan, carried: bool) -> Replayed:
-        """The forward of a plan whose changes were applied to the table, unless they are to be carried."""
+    def run(self, plan: Plan) -> Replayed:
+        """The forward of a plan whose changes were applied to the table, unless this `carries` them."""
         ...
 
 
 class NoReplay:
     """Every step runs eagerly."""
 
+    carries = False
+
     def takes(self, plan: Plan) -> bool:
         return False
 
-    def carries(self, plan: Plan) -> bool:
-        return False
-
-    def run(self, plan: Plan, carried: bool) -> Replayed:
+    def run(self, plan: Plan) -> Replayed:
         raise AssertionError("no step is recorded")

@@ -219,7 +219,8 @@ class Sampler:
     def drawn(self, out: Out) -> Sampled:
         """A draw that the op `draw_step` made; starts the copy to the host."""
         assert out.packed_S2 is not None
-        return self._to_host(out.tokens_S, out.packed_S2, [], [])
+        packed_S2 = out.packed_S2.clone() if self.device.type == "cpu" else out.packed_S2
+        return self._to_host(out.tokens_S, packed_S2, [], [])
 
     def prompt_logprobs(self, logits_LV: Tensor, row: int, start: int, state: SamplingState) -> PromptLogprobs:
         """Logprobs of the prompt tokens at indices start .. start+L-1 of `row`; `logits_LV[i]` (float32) predicts token

@@ -6,13 +6,11 @@ Knows nothing of scheduling or of other ranks' processes.
 from __future__ import annotations
 
 import logging
-import threading
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import cast
 
 import torch
 
-from quire.config.hub import tokenizer_folder
 from quire.config.schema import Config
 from quire.loading import load_model
 from quire.loading.mapped import mapped_bytes
@@ -25,6 +23,7 @@ from quire.ops.native.bound import most_tokens
 from quire.ops.native.kernels import ANY
 from quire.ops.sampling import DRAW_STEP, SAMPLE
 from quire.runner import memory
+from quire.runner.compilers import GrammarCompilers
 from quire.runner.graphs import Graphs
 from quire.runner.kv_store import KVStore
 from quire.runner.logits import load_processors
@@ -32,7 +31,6 @@ from quire.runner.model_runner import ModelRunner, Pending
 from quire.runner.replay import make_replay
 from quire.runner.sampler import Sampler
 from quire.runner.table import RequestTable
-from quire.structured.compiler import THREADS, Compiler, compiler
 from quire.types.errors import ClientError
 from quire.types.kv import KVGroup
 from quire.types.plan import Plan, StepResult
@@ -49,11 +47,8 @@ class Worker:
     """
 
     def __init__(self, config: Config, rank: int = 0, world: int = 1) -> None:
-        self._config = config
         self._range = make_ranges(config.observability.nvtx, config.device.device)
-        self._compilers: dict[tuple[int, ...], Compiler] = {}
-        self._compiling = ThreadPoolExecutor(THREADS, "quire-grammars")
-        self._lock = threading.Lock()  # of making a compiler
+        self._compilers = GrammarCompilers(config)
         self.device = torch.device(config.device.device)
         if self.device.type == "cuda":
             self.device = torch.device("cuda", rank)
@@ -74,7 +69,7 @@ class Worker:
             processors,
             config.model.logprobs_mode,
             self.ops.bind(SAMPLE),
-            compilers=self._compiler,
+            compilers=self._compilers,
         )
         self.kv_groups: tuple[KVGroup, ...] = kv_groups(arch, config.model.max_model_len)
         kv_dtype = KV_DTYPES[config.cache.kv_cache_dtype]
@@ -100,7 +95,7 @@ class Worker:
         draw_step = self.ops.bind(DRAW_STEP) if gpu else None
         self._runner = ModelRunner(model, store, table, sampler, replay, self.device, depth, draw_step)
         if isinstance(replay, Graphs):
-            log.info("%d graphs of decode steps were captured in %.1f s", *replay.prepare())
+            log.info("%d sizes of steps were captured as graphs in %.1f s", *replay.prepare())
         if not gpu:
             _leave_the_cores_to_native_threads(model, self.ops)
 
@@ -115,24 +110,7 @@ class Worker:
 
     def prepare(self, grammar: str, eos_token_ids: tuple[int, ...]) -> Future[None]:
         """Compile a grammar, which another process has tried, beside the steps; a row with it finds it made."""
-        made = self._compilers.get(eos_token_ids)
-        if made is None or not made.knows(grammar):
-            return self._compiling.submit(self._prepare, grammar, eos_token_ids)
-        known: Future[None] = Future()
-        known.set_result(None)
-        return known
-
-    def _prepare(self, grammar: str, eos_token_ids: tuple[int, ...]) -> None:
-        self._compiler(eos_token_ids).trusted(grammar)
-
-    def _compiler(self, eos: tuple[int, ...]) -> Compiler:
-        """Of grammars, for texts that `eos` end; made when the first constrained row comes."""
-        model, limit = self._config.model, self._config.structured.grammar_timeout
-        with self._lock:
-            if (made := self._compilers.get(eos)) is None:
-                made = compiler(tokenizer_folder(self._config), model.arch.vocab_size, eos, limit)
-                self._compilers[eos] = made
-        return made
+        return self._compilers.prepare(grammar, eos_token_ids)
 
 
 def _leave_the_cores_to_native_threads(model: CausalLM, ops: Binder) -> None:

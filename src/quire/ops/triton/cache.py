@@ -28,7 +28,9 @@ def copy_pages(sources: Sequence[Tensor], targets: Sequence[Tensor], sources_C: 
         # What the kernel must know of them goes over in one piece.
         device = first.device if first.is_cuda else targets[0].device
         addresses_2L = torch.tensor([x.data_ptr() for x in (*sources, *targets)])
-        table = torch.cat((addresses_2L, sources_C, targets_C)).to(device)
+        table = torch.cat((addresses_2L, sources_C, targets_C))
+        if device.type == "cuda":
+            table = table.pin_memory().to(device, non_blocking=True)
         layers, words = len(sources), size // 4
         grid = (count, 2 * layers, ceil(words, BLOCK))
         _copy_kernel(grid, (table,), (count, first.shape[1], targets[0].shape[1]), (layers, words, BLOCK))
