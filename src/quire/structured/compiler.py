@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from quire.parallel.launch import Child
 from quire.structured.source import grammar_source, kind
 from quire.structured.vocabulary import name_special, read_tokenizer, size_of, special_tokens
-from quire.types.errors import ClientError, EngineError
+from quire.types.errors import BusyError, ClientError, EngineError
 from quire.types.params import StructuredOutputsParams
 
 if TYPE_CHECKING:
@@ -69,13 +69,16 @@ class Compiler:
         source = grammar_source(params)
         return source if source.startswith("{") else name_special(source, self._special)
 
-    def submit(self, params: StructuredOutputsParams) -> Future[Grammar]:
-        """Start to compile; the future fails with `ClientError` for grammars that are wrong or beyond the limits."""
+    def submit(self, params: StructuredOutputsParams, most: int | None = None) -> Future[Grammar]:
+        """Start to compile; the future fails with `ClientError` for grammars that are wrong or beyond the limits.
+        Raises `BusyError` for a new grammar where `most` are waiting for a thread."""
         source, name = self.source(params), kind(params)
         with self._lock:
             if (known := self._grammars.get(source)) is not None:
                 self._grammars.move_to_end(source)
                 return known
+            if most is not None and self._jobs.qsize() >= most:
+                raise BusyError(f"{most} grammars are waiting to be compiled, and no more may")
             if self._jobs.qsize() >= self._idle and self._threads < THREADS:
                 _start(self._work)  # before the grammar is kept: a thread that cannot be had leaves no trace
                 self._threads += 1
@@ -199,7 +202,7 @@ def compiled(future: Future[Grammar], timeout_s: float = WAIT_S) -> Grammar:
     except EngineError as e:
         raise EngineError(str(e)) from None
     except TimeoutError:
-        raise EngineError(f"a grammar was not compiled in {timeout_s:g} s") from None
+        raise EngineError("a grammar was not compiled in time") from None
 
 
 def _start(work: Any) -> None:
