@@ -87,6 +87,30 @@ def test_sigterm_lets_running_requests_end(start: Callable[..., Server]) -> None
     assert server.process.wait(10) == 0 and gone(engine.pid)
 
 
+def test_what_is_still_in_preparation_is_told_so(start: Callable[..., Server]) -> None:
+    server = start()
+    slow = {"type": "integer", "multipleOf": 9999973}  # as long as a grammar may take
+    bodies = [{**LONG, "structured_outputs": {"json": {**slow, "title": str(i)}}} for i in range(4)]
+
+    async def ask(body: dict[str, Any]) -> httpx.Response:
+        async with httpx.AsyncClient(timeout=60) as client:
+            return await client.post(f"{server.url}/v1/completions", json=body)
+
+    async def main() -> None:
+        running = asyncio.create_task(stream(server))
+        await asyncio.to_thread(until, lambda: server.metric("vllm:num_requests_running") == 1, 10)
+        asked = [asyncio.create_task(ask(body)) for body in bodies]
+        await asyncio.sleep(0.3)
+        assert not any(task.done() for task in asked), "this test needs grammars that take long"
+        server.process.send_signal(signal.SIGTERM)
+        for answer in await asyncio.gather(*asked):
+            assert answer.status_code == 503 and answer.json()["error"]["code"] == "shutting_down"
+        assert (await running)[1] == "length"
+
+    asyncio.run(main())
+    assert server.process.wait(10) == 0
+
+
 def test_what_does_not_end_in_time_is_ended_with_an_error(start: Callable[..., Server]) -> None:
     server = start("--shutdown-timeout=0.2")
     engine = server.engine()
