@@ -2,7 +2,8 @@
 
 Owns: the socket, the event loop, signals, and the order of things: the socket is bound before the model is loaded, so
 that a port in use is known at once; while it loads, /health is answered with 503. On SIGTERM readiness goes off, new
-requests and those still in preparation get 503, running ones end or, after `shutdown_timeout`, are ended with an error; then the engine goes.
+requests and those still in preparation get 503, running ones end or, after `shutdown_timeout`, are ended with an error;
+then the engine goes.
 """
 
 from __future__ import annotations
