@@ -97,6 +97,8 @@ class _Loop:
                     self._owner.pop(name, None)
             case wire.End(request_id, index, at):
                 self._core.end(request_id, index, at)
+                if not self._core.alive(request_id):
+                    self._owner.pop(request_id, None)
             case wire.Call(number, method, arguments):
                 self._socket.send_multipart([front, wire.encode(self._call(number, method, arguments))])
             case wire.Stop():
