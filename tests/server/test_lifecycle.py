@@ -229,6 +229,9 @@ def test_a_queue_has_an_end(start: Callable[..., Server]) -> None:
         assert [answer.status_code for answer in await asyncio.gather(*running)] == [200] * 3
 
     asyncio.run(main())
+    for path in ("/tokenize", "/v1/completions"):
+        answer = server.post(path, {"prompt": "x" * (256 * 512 + 1)})
+        assert answer.status_code == 400 and answer.json()["error"]["code"] == "context_length_exceeded"
     server.idle()
     assert server.metric("vllm:admission_rejections_total", reason="queued_reqs") == 8
     assert server.metric("vllm:admission_rejections_total", reason="queued_tokens") == 1
@@ -287,6 +290,15 @@ def test_silence_and_halves_are_not_waited_for(start: Callable[..., Server]) -> 
         with socket.create_connection((host, int(port)), timeout=10) as connection:
             connection.sendall(sent)
             assert connection.recv(100).startswith(b"HTTP/1.1 408"), sent
+    with socket.create_connection((host, int(port)), timeout=0.2) as connection:
+        connection.sendall(b"POST /v1/completions HTTP/1.1\r\ncontent-length: 99\r\n\r\n{")
+        answer, begin = b"", time.monotonic()
+        while not answer and time.monotonic() - begin < 5:
+            try:
+                answer = connection.recv(100)
+            except TimeoutError:
+                connection.sendall(b" ")  # a drop at a time buys no more time
+        assert answer.startswith(b"HTTP/1.1 408")
 
 
 def _status(server: Server, seen: set[int]) -> int:

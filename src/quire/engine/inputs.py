@@ -123,15 +123,19 @@ class InputProcessor:
             cache_salt=draft.cache_salt,
         )
 
+    def check_length(self, text: str) -> None:
+        """Raises `ClientError` for a text that it could take many seconds to tokenize, to no use."""
+        if len(text) > CHARACTERS_A_TOKEN * self._max_len:
+            told = f"the prompt has {len(text)} characters, far more than max_model_len={self._max_len} tokens can hold"
+            raise ClientError(f"{told}: shorten it", "prompt", len(text))
+
     def _encode(self, texts: list[str], add_special_tokens: bool) -> list[list[int]]:
         if not texts:
             return []
         if self._tokenizer is None:
             raise ClientError("a text prompt needs a tokenizer, and skip_tokenizer_init=True: give token ids", "prompt")
-        most = CHARACTERS_A_TOKEN * self._max_len
-        if longest := next((len(text) for text in texts if len(text) > most), 0):
-            text = f"the prompt has {longest} characters, far more than max_model_len={self._max_len} tokens can hold"
-            raise ClientError(f"{text}: shorten it", "prompt", longest)  # tokenizing it could take many seconds
+        for text in texts:
+            self.check_length(text)
         if len(texts) == 1:
             return [self._tokenizer.encode(texts[0], add_special_tokens)]
         return self._tokenizer.encode_batch(texts, add_special_tokens)

@@ -126,7 +126,8 @@ class _Body:
     """Passes the body on, as long as it is neither too long nor too late."""
 
     def __init__(self, receive: Any, limit: int, timeout: float) -> None:
-        self._receive, self._limit, self._timeout = receive, limit, timeout
+        self._receive, self._limit = receive, limit
+        self._until = asyncio.get_running_loop().time() + timeout
         self._size, self._whole = 0, False
         self.failed: ApiError | None = None
 
@@ -134,7 +135,8 @@ class _Body:
         if self._whole:
             return await self._receive()
         try:
-            message = await asyncio.wait_for(self._receive(), self._timeout)
+            async with asyncio.timeout_at(self._until):  # one for the whole body, however many pieces it comes in
+                message = await self._receive()
         except TimeoutError:
             self.failed = ApiError(408, "the request's body did not arrive in time", "request_timeout")
             raise self.failed from None
