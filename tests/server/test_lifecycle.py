@@ -360,10 +360,13 @@ def test_a_log_of_json(start: Callable[..., Server]) -> None:
 def test_a_profile(start: Callable[..., Server], tmp_path: Path) -> None:
     server = start(f"--profiler-dir={tmp_path}")
     assert server.post("/start_profile").status_code == 200
-    assert server.post("/start_profile").json()["error"]["message"].endswith("the profiler is running already")
+    again = server.post("/start_profile")
+    assert again.status_code == 400 and "running already" in again.json()["error"]["message"]
     server.post("/v1/completions", {"prompt": "x", "max_tokens": 3})
     path = Path(server.post("/stop_profile").json()["path"])
     assert path.parent == tmp_path and "traceEvents" in path.read_text()
+    again = server.post("/stop_profile")
+    assert again.status_code == 400 and "not running" in again.json()["error"]["message"]
 
 
 FAULTS = Path(__file__).parent / "faults.py"
