@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import json
 import logging
 import os
@@ -16,6 +18,13 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach the network
+
+# Triton decides once, when it is imported, whether its interpreter runs its kernels: for tests/ops/triton it does,
+# and torch may import it before those are reached. No other test is to find the variable.
+if importlib.util.find_spec("triton") is not None and not os.path.exists("/dev/nvidiactl"):
+    os.environ["TRITON_INTERPRET"] = "1"
+    importlib.import_module("triton")
+    del os.environ["TRITON_INTERPRET"]
 
 TINY_LLAMA: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],

@@ -93,7 +93,7 @@ def option(name: str, hint: Any, spec: Spec, default: Any) -> Decorator:
         extra["multiple"] = True
     elif "int" in text and not spec.human:
         kind = click.INT
-    elif hint is float:
+    elif hint in (float, float | None):
         kind = click.FLOAT
     if default not in (None, "", {}) and not isinstance(default, bool):
         extra["metavar"] = f"{kind.name.upper() if spec.choices is None else '|'.join(spec.choices)} [{default}]"
