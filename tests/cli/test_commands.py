@@ -166,6 +166,12 @@ def test_bench_latency_uses_new_prompts_for_each_run(calls: list[Any], make_chec
     assert len(set(prompts)) == 4  # one to warm up
 
 
+@pytest.mark.parametrize("rate", ["0", "-1"])
+def test_bench_serve_needs_a_rate(rate: str) -> None:
+    result = run("bench", "serve", "--request-rate", rate)
+    assert result.exit_code == 2 and "--request-rate" in result.output
+
+
 def test_bench_says_when_outputs_are_cut_short() -> None:
     llm = SimpleNamespace(generate=lambda prompts, params, use_tqdm: [FakeLLM([]).output("ab", SamplingParams())])
     with pytest.raises(click.ClickException, match="16 tokens came back, not 99"):

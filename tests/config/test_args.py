@@ -144,3 +144,13 @@ def test_configuration_imports_no_torch() -> None:
         "assert not {'torch', 'transformers', 'huggingface_hub'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, env={"PYTHONPATH": ":".join(sys.path)})
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [("hunter2", "wrong type"), (["hunter2", 3], "wrong type"), (["hunter2", ""], "empty"), ([" "], "empty")],
+)
+def test_a_key_is_not_shown_and_not_empty(given: Any, words: str) -> None:
+    with pytest.raises(ClientError, match=words) as e:
+        ServerArgs(api_key=given)
+    assert "hunter2" not in str(e.value) and e.value.value is None and e.value.parameter == "api_key"

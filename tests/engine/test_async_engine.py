@@ -6,6 +6,7 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,10 @@ import pytest
 from fake_client import FakeClient, client_of, counting, make_engine
 from tokenizer_zoo import trained
 
-from quire.engine.async_engine import AsyncLLM
-from quire.types.errors import ClientError, EngineError
+from quire.engine.async_engine import INLINE_CHARACTERS, AsyncLLM
+from quire.types.errors import BusyError, ClientError, EngineError
 from quire.types.outputs import RequestOutput
-from quire.types.params import BeamSearchParams, RequestOutputKind, SamplingParams
+from quire.types.params import BeamSearchParams, RequestOutputKind, SamplingParams, StructuredOutputsParams
 from quire.types.request import Delta, FinishReason, Request
 
 DELTA = RequestOutputKind.DELTA
@@ -92,6 +93,47 @@ def test_bad_request_raises_for_its_caller_only(start: Callable[..., AsyncLLM]) 
             with pytest.raises(ClientError):
                 await collect(llm, prompt, params, request_id=name)
         assert len((await good)[-1].outputs[0].token_ids) == 50
+
+    asyncio.run(main())
+
+
+def test_only_its_own_request_waits_for_a_grammar(
+    start: Callable[..., AsyncLLM], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llm = start()
+    grammars: list[Future[Any]] = []
+
+    class Slow:
+        def submit(self, params: Any, most: int | None) -> Future[Any]:
+            if len(grammars) == 12:
+                raise BusyError(f"{most} grammars are waiting")
+            grammars.append(Future())
+            grammars[-1].set_running_or_notify_cancel()
+            return grammars[-1]
+
+        def source(self, params: Any) -> str:
+            return "start: /a/"
+
+    monkeypatch.setattr("quire.engine.inputs.compiler", lambda *_: Slow())
+
+    async def main() -> None:
+        bound = SamplingParams(structured_outputs=StructuredOutputsParams(regex="a"))
+        slow = [asyncio.create_task(collect(llm, [5 + i], bound)) for i in range(12)]
+        while len(grammars) < 12:
+            await asyncio.sleep(0.001)
+        words = "word " * INLINE_CHARACTERS
+        with pytest.raises(ClientError, match="tokens"):  # from a thread, where none is busy waiting
+            await asyncio.wait_for(collect(llm, words), 10)
+        with pytest.raises(BusyError):
+            await collect(llm, [5], bound)
+        slow[2].cancel()
+        await asyncio.wait([slow[2]])
+        grammars[0].set_exception(ClientError("no good"))
+        for grammar in grammars[1:]:
+            grammar.set_result(None)
+        found = await asyncio.gather(*slow, return_exceptions=True)
+        assert isinstance(found[0], ClientError) and isinstance(found[2], asyncio.CancelledError)
+        assert all(isinstance(one, list) and one[-1].finished for i, one in enumerate(found) if i not in (0, 2))
 
     asyncio.run(main())
 

@@ -147,6 +147,7 @@ def test_only_its_own_request_waits_for_a_grammar(llm: LLM) -> None:
     grammars[0].set_result(None)
     grammars[2].set_exception(RuntimeError("no compiler"))
     run(lambda: {"chosen", "refused"} <= set(done))
+    assert core.stats().received == 4, "each counts once, whatever became of it"
     assert done["chosen"].text in ("red", "green")
     assert done["refused"].finish_reason == "error" and "no compiler" in done["refused"].stop_reason
     engine.drain()

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -18,11 +19,14 @@ import pytest
 
 from quire import LLM, EngineArgs, SamplingParams
 from quire.config.resolve import resolve
+from quire.engine import wire
 from quire.engine.async_engine import AsyncLLM
 from quire.engine.llm_engine import LLMEngine
 from quire.engine.process import ProcessClient
+from quire.engine.serve import _Loop
 from quire.types.errors import ClientError, EngineError
 from quire.types.params import RequestOutputKind, StructuredOutputsParams
+from quire.types.request import Request
 
 SMALL: dict[str, Any] = dict(
     model="demo", max_model_len=256, max_num_seqs=8, kv_cache_memory_bytes="16M", dtype="float32", threads=1
@@ -228,6 +232,42 @@ def test_what_the_core_refuses(start: Callable[..., AsyncLLM]) -> None:
         start(logits_processors=["no_such_module:Class"])
     with pytest.raises(ClientError, match="cannot be made: ZeroDivisionError"):
         start(logits_processors=[f"{Path(__file__).stem}:Unmakeable"])
+
+
+@pytest.mark.parametrize("samples", [1, 2])
+def test_nothing_is_left_of_what_a_stop_string_ended(samples: int) -> None:
+    with LLM(**SMALL, log_level="critical") as llm:
+        core: Any = llm.llm_engine.client
+        sent: list[Any] = []
+        loop = _Loop(core, SimpleNamespace(send_multipart=sent.append))  # type: ignore[arg-type]
+        loop._handle(b"front", wire.Add(Request("a", [5, 6], params(n=samples, stop=["zzz"]), 0, stream=True)))
+        for _ in range(3):
+            loop._give_out(core.step())
+        for index in range(samples):
+            assert sent and loop._owner == {"a": b"front"}
+            loop._handle(b"front", wire.End("a", index, 1))
+        assert loop._owner == {} and not core.alive("a")
+
+
+def test_an_idle_core_has_seen_all_requests_it_was_given(start: Callable[..., AsyncLLM]) -> None:
+    llm = start()
+
+    async def main() -> None:
+        for i in range(6):
+            bound = params(structured_outputs=StructuredOutputsParams(regex=f"a{{3,9}}b{i}"))
+            (draft,) = await llm.prepare([PROMPTS[0]], [bound])
+            stream = llm.submit(draft, f"left-{i}")
+            stream.close()  # while the core compiles its grammar
+        await collect(llm)
+        await idle(llm)
+        stats, unseen = llm.queue()
+        assert (stats.received, unseen) == (7, 0)
+
+    async def collect(llm: AsyncLLM) -> None:
+        async for _ in llm.generate(PROMPTS[0], params()):
+            pass
+
+    asyncio.run(main())
 
 
 SCRIPT = """

@@ -87,6 +87,30 @@ def test_sigterm_lets_running_requests_end(start: Callable[..., Server]) -> None
     assert server.process.wait(10) == 0 and gone(engine.pid)
 
 
+def test_what_is_still_in_preparation_is_told_so(start: Callable[..., Server]) -> None:
+    server = start()
+    slow = {"type": "integer", "multipleOf": 9999973}  # as long as a grammar may take
+    bodies = [{**LONG, "structured_outputs": {"json": {**slow, "title": str(i)}}} for i in range(4)]
+
+    async def ask(body: dict[str, Any]) -> httpx.Response:
+        async with httpx.AsyncClient(timeout=60) as client:
+            return await client.post(f"{server.url}/v1/completions", json=body)
+
+    async def main() -> None:
+        running = asyncio.create_task(stream(server))
+        await asyncio.to_thread(until, lambda: server.metric("vllm:num_requests_running") == 1, 10)
+        asked = [asyncio.create_task(ask(body)) for body in bodies]
+        await asyncio.sleep(0.3)
+        assert not any(task.done() for task in asked), "this test needs grammars that take long"
+        server.process.send_signal(signal.SIGTERM)
+        for answer in await asyncio.gather(*asked):
+            assert answer.status_code == 503 and answer.json()["error"]["code"] == "shutting_down"
+        assert (await running)[1] == "length"
+
+    asyncio.run(main())
+    assert server.process.wait(10) == 0
+
+
 def test_what_does_not_end_in_time_is_ended_with_an_error(start: Callable[..., Server]) -> None:
     server = start("--shutdown-timeout=0.2")
     engine = server.engine()
@@ -205,6 +229,9 @@ def test_a_queue_has_an_end(start: Callable[..., Server]) -> None:
         assert [answer.status_code for answer in await asyncio.gather(*running)] == [200] * 3
 
     asyncio.run(main())
+    for path in ("/tokenize", "/v1/completions"):
+        answer = server.post(path, {"prompt": "x" * (256 * 512 + 1)})
+        assert answer.status_code == 400 and answer.json()["error"]["code"] == "context_length_exceeded"
     server.idle()
     assert server.metric("vllm:admission_rejections_total", reason="queued_reqs") == 8
     assert server.metric("vllm:admission_rejections_total", reason="queued_tokens") == 1
@@ -263,6 +290,15 @@ def test_silence_and_halves_are_not_waited_for(start: Callable[..., Server]) -> 
         with socket.create_connection((host, int(port)), timeout=10) as connection:
             connection.sendall(sent)
             assert connection.recv(100).startswith(b"HTTP/1.1 408"), sent
+    with socket.create_connection((host, int(port)), timeout=0.2) as connection:
+        connection.sendall(b"POST /v1/completions HTTP/1.1\r\ncontent-length: 99\r\n\r\n{")
+        answer, begin = b"", time.monotonic()
+        while not answer and time.monotonic() - begin < 5:
+            try:
+                answer = connection.recv(100)
+            except TimeoutError:
+                connection.sendall(b" ")  # a drop at a time buys no more time
+        assert answer.startswith(b"HTTP/1.1 408")
 
 
 def _status(server: Server, seen: set[int]) -> int:
@@ -324,10 +360,13 @@ def test_a_log_of_json(start: Callable[..., Server]) -> None:
 def test_a_profile(start: Callable[..., Server], tmp_path: Path) -> None:
     server = start(f"--profiler-dir={tmp_path}")
     assert server.post("/start_profile").status_code == 200
-    assert server.post("/start_profile").json()["error"]["message"].endswith("the profiler is running already")
+    again = server.post("/start_profile")
+    assert again.status_code == 400 and "running already" in again.json()["error"]["message"]
     server.post("/v1/completions", {"prompt": "x", "max_tokens": 3})
     path = Path(server.post("/stop_profile").json()["path"])
     assert path.parent == tmp_path and "traceEvents" in path.read_text()
+    again = server.post("/stop_profile")
+    assert again.status_code == 400 and "not running" in again.json()["error"]["message"]
 
 
 FAULTS = Path(__file__).parent / "faults.py"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,9 @@ import psutil
 import pytest
 
 from quire.config.hub import demo_model_path
-from quire.structured.compiler import Compiler
+from quire.structured.compiler import Compiler, compiled
 from quire.structured.vocabulary import name_special, read_tokenizer, special_tokens
-from quire.types.errors import ClientError
+from quire.types.errors import BusyError, ClientError, EngineError
 from quire.types.params import StructuredOutputsParams as S
 
 LIMIT_S = 1.0
@@ -52,6 +53,7 @@ def accepts(compiler: Compiler, params: S, text: str) -> bool:
         (S(json='{"enum": ["x", 1]}'), ['"x"', "1"], ["x", "2"]),
         (S(json=NULLS, disable_any_whitespace=True), ["[null,null]"], ["[null, null]"]),
         (S(json=NULLS, whitespace_pattern=r"\t"), ["[\tnull]"], ["[ null]"]),
+        (S(json={}), ["{}", "[1, null]", '"x"', "3"], ["x", "[1"]),
         (S(json={"properties": {"a": {}}}, disable_additional_properties=True), ['{"a": 1}'], ['{"b": 1}']),
     ],
 )  # fmt: skip
@@ -122,6 +124,7 @@ def test_others_do_not_wait_for_a_hostile_one(compiler: Compiler) -> None:
     [
         (S(json={"type": "bogus"}), "bogus"),
         (S(json="{not json"), "Expecting"),
+        (S(json=""), "structured_outputs.json cannot be used"),
         (S(json="3"), "a JSON schema is an object"),
         (S(json={"$ref": "http://example.com/schema"}), "does not fetch"),
         (S(regex="(ab"), "unclosed group"),
@@ -133,6 +136,32 @@ def test_wrong_grammars(compiler: Compiler, params: S, message: str) -> None:
     with pytest.raises(ClientError, match=message) as e:
         compiler.compile(params)
     assert e.value.parameter == "structured_outputs" and "\n" not in str(e.value)
+
+
+def test_too_many_new_ones_are_refused() -> None:
+    compiler = Compiler(demo_model_path(), 3072, (2,), LIMIT_S)
+    compiler.compile(S(regex="known"))
+    slow = [compiler.submit(S(json={"type": "integer", "multipleOf": 9999973 + i}), 3) for i in range(3)]
+    with pytest.raises(BusyError, match="3 grammars are waiting"):
+        for i in range(3):
+            slow.append(compiler.submit(S(regex=f"new{i}"), 3))
+    assert compiler.submit(S(regex="known"), 3).done()
+    assert not slow[0].cancel(), "who leaves takes it from nobody else"
+
+
+def test_what_cannot_be_started_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiler = Compiler(demo_model_path(), 3072, (2,), LIMIT_S)
+    with monkeypatch.context() as patch:
+
+        def refuse(work: Any) -> None:
+            raise RuntimeError("can't start new thread")
+
+        patch.setattr("quire.structured.compiler._start", refuse)
+        with pytest.raises(RuntimeError, match="new thread"):
+            compiler.compile(S(regex="late"))
+    assert compiler.compile(S(regex="late"))
+    with pytest.raises(EngineError, match="not compiled in time"):
+        compiled(Future(), 0.01)
 
 
 def test_grammars_are_kept() -> None:

@@ -74,7 +74,11 @@ class Seen:
 )
 @click.option("--num-prompts", type=click.IntRange(min=1), default=100, show_default=True, help="Requests to make.")
 @click.option(
-    "--request-rate", type=float, default=math.inf, show_default=True, help="Mean arrivals a second (Poisson)."
+    "--request-rate",
+    type=click.FloatRange(min=0, min_open=True),
+    default=math.inf,
+    show_default=True,
+    help="Mean arrivals a second (Poisson).",
 )
 @click.option("--max-concurrency", type=click.IntRange(min=1), help="Most requests at once.")
 @click.option(

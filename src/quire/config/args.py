@@ -39,7 +39,8 @@ GROUPS = (
 @dataclass(frozen=True, slots=True)
 class Spec:
     """What an argument's field carries beside its type and default. `low`, `high`: inclusive bounds of numbers.
-    `human`: integers may be written "8k" (8,000) or "1M"; capital K, M, G, T mean powers of 1,024, as in vLLM."""
+    `human`: integers may be written "8k" (8,000) or "1M"; capital K, M, G, T mean powers of 1,024, as in vLLM.
+    `secret`: texts that no message shows, and none of which may be blank."""
 
     help: str
     group: str
@@ -50,6 +51,7 @@ class Spec:
     flag: bool = True
     harmless: str | None = None
     later: str | None = None
+    secret: bool = False
 
 
 def arg(default: Any, help: str, group: str, **spec: Any) -> Any:
@@ -195,7 +197,7 @@ class ServerArgs(_Checked):
     host: str | None = arg(None, "Address to listen on; by default all.", "Server")
     port: int = arg(8000, "Port to listen on; 0 takes a free one.", "Server", low=0, high=65535)
     uds: str | None = arg(None, "Unix socket to listen on, instead of host and port.", "Server")
-    api_key: list[str] | None = arg(None, "Keys of which a client must present one, as `Authorization: Bearer KEY`; /health, /ready and /ping need none.", "Server")
+    api_key: list[str] | None = arg(None, "Keys of which a client must present one, as `Authorization: Bearer KEY`; /health, /ready and /ping need none.", "Server", secret=True)
     ssl_keyfile: str | None = arg(None, "Private key for HTTPS.", "Server")
     ssl_certfile: str | None = arg(None, "Certificate for HTTPS.", "Server")
     root_path: str = arg("", "Path under which a proxy serves this server.", "Server")
@@ -278,9 +280,14 @@ def _normal(name: str, value: Any, hint: Any, spec: Spec) -> Any:
         try:
             value = msgspec.convert(value, hint if not callable_allowed(hint) else dict[str, Any])
         except msgspec.ValidationError as e:
+            if spec.secret:
+                raise ClientError(f"{name} has the wrong type: {str(e).lower()}", name) from None
             raise ClientError(f"{name}={value!r} has the wrong type: {str(e).lower()}", name, value) from None
     elif not callable_allowed(hint) and hint is not Any:
         raise ClientError(f"{name}={value!r} has the wrong type: a function is not taken here", name, value)
+    keys: Any = value if spec.secret else None
+    if keys is not None and not all(key.strip() for key in keys):
+        raise ClientError(f"{name} must not be empty: anybody would have it", name)
     if spec.choices is not None and value is not None and value not in spec.choices:
         near = difflib.get_close_matches(str(value), spec.choices, n=1)
         hint_text = f" (did you mean {near[0]}?)" if near else ""

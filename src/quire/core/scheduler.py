@@ -95,7 +95,6 @@ class Scheduler:
                 job.live[index] = seq = Sequence(job, index, prompt + known, len(state.kv.groups))
                 state.waiting.push(seq)
         state.jobs[request.id] = job
-        state.counters.received += 1
         if not request.resume:
             state.counters.prompt_tokens += len(prompt)
 
@@ -229,7 +228,6 @@ class Scheduler:
             generation_tokens=count.generation_tokens,
             block_size=kv.block_size,
             waiting_tokens=state.waiting.tokens,
-            received=count.received,
         )
 
     def block_map(self, first: int = 0, count: int = 0, cells: int = MAX_CELLS) -> BlockMap:

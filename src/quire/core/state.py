@@ -68,7 +68,6 @@ class Counters:
         self.prefix_hits = 0
         self.prompt_tokens = 0
         self.generation_tokens = 0
-        self.received = 0
 
 
 class Ended(NamedTuple):

@@ -22,6 +22,7 @@ from quire.config.args import EngineArgs
 from quire.config.resolve import resolve
 from quire.engine.inputs import Draft, Params, checked_priority, default_params
 from quire.engine.llm_engine import LLMEngine
+from quire.structured.compiler import WAIT_S, compiled
 from quire.types.errors import ClientError, EngineError, QuireError
 from quire.types.outputs import RequestOutput
 from quire.types.params import SamplingParams
@@ -168,18 +169,29 @@ class AsyncLLM:
         lora_request: Any = None,
         add_special_tokens: bool = True,
     ) -> list[Draft]:
-        """Check and tokenize prompts, without holding up the event loop. Raises ClientError."""
+        """Check and tokenize prompts, without holding up the event loop, and wait for their grammars: here, not in one
+        of the threads that other prompts need. Raises ClientError, BusyError, EngineError."""
         size = sum(_length(prompt) for prompt in prompts)
         if any(isinstance(p, SamplingParams) and (p.structured_outputs or p.bad_words) for p in params):
-            size = INLINE_CHARACTERS + 1  # a grammar to compile
+            size = INLINE_CHARACTERS + 1  # the text of a grammar to write
         drafts = partial(
             self._engine.inputs.drafts,
             prompts,
             params,
             lora_request=lora_request,
             add_special_tokens=add_special_tokens,
+            wait=False,
         )
-        return await self.call(drafts, size)
+        found = await self.call(drafts, size)
+        for grammar in {draft.grammar for draft in found if draft.grammar is not None}:
+            waiting = asyncio.wrap_future(grammar)
+            try:
+                await asyncio.wait([waiting], timeout=WAIT_S)
+            finally:
+                if not waiting.cancel():
+                    waiting.exception()  # seen; raised below, with a traceback of its own
+            compiled(grammar, 0)
+        return found
 
     async def call(self, function: Callable[[], T], size: int) -> T:
         """The result of work on `size` characters of text: done at once if that takes a moment, else in a thread."""

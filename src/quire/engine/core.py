@@ -75,6 +75,7 @@ class EngineCore:
         self._inflight: deque[tuple[Plan, Result]] = deque()
         self._trial = Trial(self._scheduler.reached)
         self._times: dict[str, Times] = {}
+        self._received = 0
         self._deferred: dict[str, tuple[Request, Future[None]]] = {}  # their grammars are being compiled
         paced = schedule.target_step_ms > 0 and schedule.enable_chunked_prefill
         self._pace = Pace(schedule.target_step_ms / 1e3) if paced else None
@@ -200,6 +201,7 @@ class EngineCore:
     def add(self, request: Request) -> None:
         """Raises `ClientError` if the request can never run here. One with a grammar waits, if need be, until that is
         compiled, and no other waits with it."""
+        self._received += 1
         params = request.params
         if isinstance(params, SamplingParams) and params.structured_outputs is not None:
             if request.id in self._deferred:
@@ -254,9 +256,7 @@ class EngineCore:
 
     def stats(self) -> EngineStats:
         s, late = self._scheduler.stats(), len(self._deferred)
-        if not late:
-            return s
-        return msgspec.structs.replace(s, received=s.received + late, waiting=s.waiting + late, deferred=late)
+        return msgspec.structs.replace(s, received=self._received, waiting=s.waiting + late, deferred=late)
 
     def queue(self) -> tuple[EngineStats, int]:
         """The statistics, and how many requests they do not know of: none, here."""

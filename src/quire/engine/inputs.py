@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
 from typing import Any, NamedTuple
 
 import msgspec
@@ -17,7 +18,7 @@ from quire.config.schema import Config
 from quire.engine.tokenizer import Tokenizer
 from quire.parsers.reasoning import reasoning_parser
 from quire.runner.processors import processor_classes, validate
-from quire.structured.compiler import compiler
+from quire.structured.compiler import compiled, compiler
 from quire.types.errors import ClientError
 from quire.types.params import BeamSearchParams, SamplingParams, StructuredOutputsParams
 from quire.types.prompts import PromptType
@@ -26,6 +27,7 @@ from quire.types.request import Request
 Params = SamplingParams | BeamSearchParams
 
 CHARACTERS_A_TOKEN = 256  # more than the longest token of any vocabulary known
+GRAMMARS_WAITING = 32  # most grammars that wait to be compiled where others must not wait for them
 _SEED_MASK = 2**64 - 1
 _NOT_YET = {  # fields that are accepted and checked, but do nothing so far
     "watermarking": None,
@@ -41,12 +43,14 @@ _MEDIA_KEYS = {"multi_modal_data", "mm_processor_kwargs", "multi_modal_uuids", "
 
 
 class Draft(NamedTuple):
-    """A checked prompt with its parameters: a request but for its id and seed. `text` is the prompt's, if known."""
+    """A checked prompt with its parameters: a request but for its id and seed. `text` is the prompt's, if known.
+    `grammar` is done once the constraint, if there is one, is known to be good."""
 
     tokens: list[int]
     params: Params
     text: str | None
     cache_salt: str
+    grammar: Future[Any] | None = None
 
 
 class InputProcessor:
@@ -83,8 +87,10 @@ class InputProcessor:
         *,
         lora_request: Any = None,
         add_special_tokens: bool = True,
+        wait: bool = True,
     ) -> list[Draft]:
-        """Check prompts with their parameters, all or nothing: the first bad one raises and leaves no trace."""
+        """Check prompts with their parameters, all or nothing: the first bad one raises and leaves no trace. Without
+        `wait`, the caller waits for the drafts' grammars, and `BusyError` is raised where too many are waited for."""
         if lora_request is not None:
             raise ClientError("lora_request is not supported yet; leave it out", "lora_request", lora_request)
         for given in params:
@@ -97,7 +103,7 @@ class InputProcessor:
         out: list[Draft] = []
         for (text, tokens, salt), given in zip(parsed, params, strict=True):
             tokens = next(encoded) if tokens is None else tokens
-            out.append(self._draft(text, tokens, salt, given))
+            out.append(self._draft(text, tokens, salt, given, wait))
         return out
 
     def request(self, draft: Draft, request_id: str, priority: int = 0, stream: bool = False) -> Request:
@@ -117,25 +123,30 @@ class InputProcessor:
             cache_salt=draft.cache_salt,
         )
 
+    def check_length(self, text: str) -> None:
+        """Raises `ClientError` for a text that it could take many seconds to tokenize, to no use."""
+        if len(text) > CHARACTERS_A_TOKEN * self._max_len:
+            told = f"the prompt has {len(text)} characters, far more than max_model_len={self._max_len} tokens can hold"
+            raise ClientError(f"{told}: shorten it", "prompt", len(text))
+
     def _encode(self, texts: list[str], add_special_tokens: bool) -> list[list[int]]:
         if not texts:
             return []
         if self._tokenizer is None:
             raise ClientError("a text prompt needs a tokenizer, and skip_tokenizer_init=True: give token ids", "prompt")
-        most = CHARACTERS_A_TOKEN * self._max_len
-        if longest := next((len(text) for text in texts if len(text) > most), 0):
-            text = f"the prompt has {longest} characters, far more than max_model_len={self._max_len} tokens can hold"
-            raise ClientError(f"{text}: shorten it", "prompt", longest)  # tokenizing it could take many seconds
+        for text in texts:
+            self.check_length(text)
         if len(texts) == 1:
             return [self._tokenizer.encode(texts[0], add_special_tokens)]
         return self._tokenizer.encode_batch(texts, add_special_tokens)
 
-    def _draft(self, text: str | None, tokens: list[int], salt: str, given: Params) -> Draft:
+    def _draft(self, text: str | None, tokens: list[int], salt: str, given: Params, wait: bool) -> Draft:
         params = given.clone()
         params.normalize()  # the user may have assigned to fields since
         if isinstance(params, SamplingParams):
             tokens = self._truncate(tokens, params)
         self._check_tokens(tokens)
+        grammar: Future[Any] | None = None
         room = self._max_len - len(tokens)
         if isinstance(params, BeamSearchParams):
             self._check_beam(params)
@@ -146,10 +157,10 @@ class InputProcessor:
             params.min_tokens = min(params.min_tokens, params.max_tokens)
             params.eos_token_ids = self._eos
             if params.structured_outputs is not None:
-                self._constrain(params, params.structured_outputs, text, tokens)
+                grammar = self._constrain(params, params.structured_outputs, text, tokens, wait)
             if params.bad_words:
                 params.bad_words_token_ids = self._bad_words(params.bad_words)
-        return Draft(tokens, params, text, salt)
+        return Draft(tokens, params, text, salt, grammar)
 
     def _truncate(self, tokens: list[int], params: SamplingParams) -> list[int]:
         keep = params.truncate_prompt_tokens
@@ -219,8 +230,8 @@ class InputProcessor:
             raise ClientError(text, "stop", params.stop)
 
     def _constrain(
-        self, params: SamplingParams, given: StructuredOutputsParams, text: str | None, tokens: list[int]
-    ) -> None:
+        self, params: SamplingParams, given: StructuredOutputsParams, text: str | None, tokens: list[int], wait: bool
+    ) -> Future[Any]:
         """Compile the constraint, so that a bad one is refused here; the workers are given its text."""
         if self._tokenizer is None:
             text = "structured_outputs need a tokenizer, and skip_tokenizer_init=True"
@@ -235,11 +246,14 @@ class InputProcessor:
                 or config.disable_additional_properties,
             )
         made = compiler(tokenizer_folder(self._config), self._vocab, self._eos, config.grammar_timeout)
-        made.compile(given)
+        grammar = made.submit(given, None if wait else GRAMMARS_WAITING)
+        if wait:
+            compiled(grammar)
         params.structured_outputs = StructuredOutputsParams(grammar=made.source(given))
         if self._reasoning is not None and not config.enable_in_reasoning:
             shown = self._tokenizer.decode(tokens[-64:], skip_special_tokens=False) if text is None else text
             params.structured_after = self._reasoning.end if self._reasoning.begins(shown) else ""
+        return grammar
 
     def _bad_words(self, words: list[str]) -> list[list[int]]:
         """The token sequences of each word: at the beginning of a text, and after a space unless that only puts

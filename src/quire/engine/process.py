@@ -187,7 +187,8 @@ class ProcessClient:
         return self.call("reset_prefix_cache")
 
     def ask(self, method: str, *arguments: Any) -> Future[Any]:
-        """The answer of one of `wire.CALLS`, when it comes: `EngineError` where it does not. Raises `EngineError`."""
+        """The answer of one of `wire.CALLS`, when it comes; `EngineError` where it does not, `ClientError` where the
+        core refuses. Raises `EngineError`."""
         if not self._ready:
             raise EngineError("the engine's process is being started again")
         self._calls += 1
@@ -198,7 +199,7 @@ class ProcessClient:
         return future
 
     def call(self, method: str, *arguments: Any) -> Any:
-        """As `ask`, and waits. Raises `EngineError`."""
+        """As `ask`, and waits. Raises `EngineError`, `ClientError`."""
         future = self.ask(method, *arguments)
         until = time.monotonic() + _CALL_S
         while not future.done():
@@ -293,7 +294,9 @@ class ProcessClient:
 
     def _answered(self, reply: wire.Reply) -> None:
         method, future = self._asked.pop(reply.number)
-        if reply.error is not None:
+        if reply.error is not None and reply.refused:
+            future.set_exception(ClientError(reply.error))
+        elif reply.error is not None:
             future.set_exception(EngineError(f"{method}: {reply.error}"))
         else:
             future.set_result(reply.value)

@@ -97,6 +97,8 @@ class _Loop:
                     self._owner.pop(name, None)
             case wire.End(request_id, index, at):
                 self._core.end(request_id, index, at)
+                if not self._core.alive(request_id):
+                    self._owner.pop(request_id, None)
             case wire.Call(number, method, arguments):
                 self._socket.send_multipart([front, wire.encode(self._call(number, method, arguments))])
             case wire.Stop():
@@ -117,6 +119,8 @@ class _Loop:
             assert method in wire.CALLS
             own = getattr(self, f"_{method}", None)
             return wire.Reply(number, (own or getattr(self._core, method))(*arguments))
+        except ClientError as error:
+            return wire.Reply(number, error=str(error), refused=True)
         except Exception as error:
             log.exception("%s failed", method)
             return wire.Reply(number, error=f"{type(error).__name__}: {error}")
@@ -146,7 +150,7 @@ class _Loop:
         import torch.profiler as profiler
 
         if self._profiler is not None:
-            raise RuntimeError("the profiler is running already")
+            raise ClientError("the profiler is running already: stop it first")
         os.makedirs(folder, exist_ok=True)
         self._profiler = profiler.profile()
         self._profiler.start()
@@ -155,7 +159,7 @@ class _Loop:
     def _stop_profile(self, folder: str) -> str:
         """Write the recording as a trace for Chrome or Perfetto; answers its path."""
         if self._profiler is None:
-            raise RuntimeError("the profiler is not running")
+            raise ClientError("the profiler is not running: start it first")
         running, self._profiler = self._profiler, None
         running.stop()
         path = os.path.join(folder, f"quire-{os.getpid()}-{int(time.time())}.json")

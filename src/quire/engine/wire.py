@@ -56,9 +56,12 @@ class Step(msgspec.Struct, tag=True):
 
 
 class Reply(msgspec.Struct, tag=True):
+    """`refused`: the error is the caller's."""
+
     number: int
     value: Any = None
     error: str | None = None
+    refused: bool = False
 
 
 FromCore = Step | Reply

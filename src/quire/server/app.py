@@ -196,6 +196,7 @@ def _models(app: FastAPI, served: Served) -> None:
         if (body.prompt is None) == (body.messages is None):
             raise ClientError("give prompt or messages, and one of them only", "prompt")
         text = body.prompt if body.prompt is not None else await render(served, body)
+        served.engine.engine.inputs.check_length(text)
         special = body.add_special_tokens if body.add_special_tokens is not None else body.messages is None
         tokenizer = served.tokenizer
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 
-from quire.types.errors import ClientError, EngineError
+from quire.types.errors import BusyError, ClientError, EngineError
 
 TYPES = {
     400: "invalid_request_error",
@@ -71,6 +71,8 @@ def api_error(error: BaseException) -> ApiError:
     if isinstance(error, ClientError):
         too_long = error.parameter == "prompt" and isinstance(error.value, int)
         return ApiError(400, str(error), "context_length_exceeded" if too_long else "invalid_value", error.parameter)
+    if isinstance(error, BusyError):
+        return ApiError(429, str(error), "queue_full", retry_s=1)
     if isinstance(error, RecursionError):
         return ApiError(400, "the body is nested too deeply", "invalid_value")
     if isinstance(error, EngineError):

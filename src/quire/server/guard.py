@@ -40,13 +40,13 @@ class Guard:
             given = uuid.uuid4().hex.encode()
             scope["headers"] = [(k, v) for k, v in scope["headers"] if k != b"x-request-id"]
             scope["headers"].append((b"x-request-id", given))
-        answer = _Answer(send, given)
+        answer = _Answer(send, given, self._served)
         begin = time.monotonic()
         try:
             self._check(scope, headers)
             body = _Body(receive, int(self._served.args.max_request_bytes), self._served.args.request_timeout)
             try:
-                await self._app(scope, body, answer)
+                await self._work(scope, body, answer)
             except Exception:
                 if body.failed is None or answer.status:
                     raise
@@ -56,6 +56,22 @@ class Guard:
             await _reply(answer, error)
         finally:
             self._note(scope, answer.status or 499, time.monotonic() - begin, given)
+
+    async def _work(self, scope: Any, body: _Body, answer: _Answer) -> None:
+        """Raises `ApiError` where the server's end comes before the request's preparation does."""
+        task = asyncio.current_task()
+        assert task is not None
+        if scope["method"] == "POST" and scope["path"] not in ADMIN:
+            self._served.preparing.add(task)
+        try:
+            await self._app(scope, body, answer)
+        except asyncio.CancelledError:
+            if not self._served.draining or answer.status:
+                raise
+            task.uncancel()
+            raise unavailable("the server is shutting down", "shutting_down") from None
+        finally:
+            self._served.preparing.discard(task)
 
     def _check(self, scope: Any, headers: dict[bytes, bytes]) -> None:
         path, served = scope["path"], self._served
@@ -93,13 +109,14 @@ def too_large(limit: int) -> ApiError:
 class _Answer:
     """Passes the answer on, with the request's id, and remembers its status."""
 
-    def __init__(self, send: Any, id: bytes) -> None:
-        self._send, self._id = send, id
+    def __init__(self, send: Any, id: bytes, served: Served) -> None:
+        self._send, self._id, self._served = send, id, served
         self.status = 0
 
     async def __call__(self, message: Any) -> None:
         if message["type"] == "http.response.start":
             self.status = message["status"]
+            self._served.prepared()
             if not any(k.lower() == b"x-request-id" for k, _ in message["headers"]):
                 message = {**message, "headers": [*message["headers"], (b"x-request-id", self._id)]}
         await self._send(message)
@@ -109,7 +126,8 @@ class _Body:
     """Passes the body on, as long as it is neither too long nor too late."""
 
     def __init__(self, receive: Any, limit: int, timeout: float) -> None:
-        self._receive, self._limit, self._timeout = receive, limit, timeout
+        self._receive, self._limit = receive, limit
+        self._until = asyncio.get_running_loop().time() + timeout
         self._size, self._whole = 0, False
         self.failed: ApiError | None = None
 
@@ -117,7 +135,8 @@ class _Body:
         if self._whole:
             return await self._receive()
         try:
-            message = await asyncio.wait_for(self._receive(), self._timeout)
+            async with asyncio.timeout_at(self._until):  # one for the whole body, however many pieces it comes in
+                message = await self._receive()
         except TimeoutError:
             self.failed = ApiError(408, "the request's body did not arrive in time", "request_timeout")
             raise self.failed from None

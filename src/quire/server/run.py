@@ -2,7 +2,8 @@
 
 Owns: the socket, the event loop, signals, and the order of things: the socket is bound before the model is loaded, so
 that a port in use is known at once; while it loads, /health is answered with 503. On SIGTERM readiness goes off, new
-requests get 503, running ones end or, after `shutdown_timeout`, are ended with an error; then the engine goes.
+requests and those still in preparation get 503, running ones end or, after `shutdown_timeout`, are ended with an error;
+then the engine goes.
 """
 
 from __future__ import annotations
@@ -222,6 +223,8 @@ class _Server:
         """Wait for running requests, as long as they may take, then end them."""
         served = self._served
         served.draining = True
+        for task in list(served.preparing):  # `Guard` answers them
+            task.cancel()
         if served.runs:
             log.info("shutting down: %d requests may take up to %g s", len(served.runs), self._args.shutdown_timeout)
         until = time.monotonic() + self._args.shutdown_timeout

@@ -39,6 +39,9 @@ class Served:
         self.created = int(time.time())
         self.draining = False
         self.runs: set[Run] = set()
+        self.preparing: set[asyncio.Task[Any]] = (
+            set()
+        )  # those that answer requests which have no run, and no answer yet
         self._engine: AsyncLLM | None = None
 
     def start(self, engine: AsyncLLM) -> None:
@@ -110,6 +113,11 @@ class Served:
             text = f"{tokens} prompt tokens would be waiting, and no more than {args.max_num_queued_tokens} may"
             raise ApiError(429, text, "queue_full", retry_s=1)
 
+    def prepared(self) -> None:
+        """The request that this task answers is past its preparation: it has a run, or an answer."""
+        if (task := asyncio.current_task()) is not None:
+            self.preparing.discard(task)
+
     def request_id(self, prefix: str, asked: str | None, header: str | None) -> str:
         return f"{prefix}-{asked or header or uuid.uuid4().hex}"
 
@@ -147,6 +155,7 @@ class Run:
             self.close()
             raise
         served.runs.add(self)
+        served.prepared()
         if served.args.enable_log_requests:
             self._note(drafts)
         for _ in drafts:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from quire.parallel.launch import Child
 from quire.structured.source import grammar_source, kind
 from quire.structured.vocabulary import name_special, read_tokenizer, size_of, special_tokens
-from quire.types.errors import ClientError, EngineError
+from quire.types.errors import BusyError, ClientError, EngineError
 from quire.types.params import StructuredOutputsParams
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ KEPT = 512  # grammars in the cache, refusals among them
 THREADS = 2
 IDLE_S = 60.0  # how long a process waits for the next grammar
 START_S = 120.0  # most that it may take to start, on a busy machine
+WAIT_S = 300.0  # most that anybody waits for a grammar
 STACK = 32 << 20  # bytes of stack for compiling: more than a trial has
 
 
@@ -68,27 +69,28 @@ class Compiler:
         source = grammar_source(params)
         return source if source.startswith("{") else name_special(source, self._special)
 
-    def submit(self, params: StructuredOutputsParams) -> Future[Grammar]:
-        """Start to compile; the future fails with `ClientError` for grammars that are wrong or beyond the limits."""
-        source = self.source(params)
+    def submit(self, params: StructuredOutputsParams, most: int | None = None) -> Future[Grammar]:
+        """Start to compile; the future fails with `ClientError` for grammars that are wrong or beyond the limits.
+        Raises `BusyError` for a new grammar where `most` are waiting for a thread."""
+        source, name = self.source(params), kind(params)
         with self._lock:
             if (known := self._grammars.get(source)) is not None:
                 self._grammars.move_to_end(source)
                 return known
-            future: Future[Grammar] = Future()
-            self._keep(source, future)
-            self._jobs.put((source, kind(params), future))
-            if self._jobs.qsize() > self._idle and self._threads < THREADS:
+            if most is not None and self._jobs.qsize() >= most:
+                raise BusyError(f"{most} grammars are waiting to be compiled, and no more may")
+            if self._jobs.qsize() >= self._idle and self._threads < THREADS:
+                _start(self._work)  # before the grammar is kept: a thread that cannot be had leaves no trace
                 self._threads += 1
-                _start(self._work)
+            future: Future[Grammar] = Future()
+            future.set_running_or_notify_cancel()  # others may wait for it as well: who leaves leaves it as it is
+            self._keep(source, future)
+            self._jobs.put((source, name, future))
         return future
 
     def compile(self, params: StructuredOutputsParams) -> Grammar:
-        """As `submit`, waiting for it."""
-        try:
-            return self.submit(params).result()
-        except ClientError as e:  # a refusal is kept, and raised for each who asks: with a traceback of its own
-            raise ClientError(str(e), e.parameter) from None
+        """As `submit`, waiting for it. Raises `EngineError` where the compilation fails or does not end."""
+        return compiled(self.submit(params))
 
     def knows(self, source: str) -> bool:
         """Whether a grammar is compiled."""
@@ -101,7 +103,7 @@ class Compiler:
         with self._lock:
             known = self._grammars.get(source)
         if known is not None:
-            return known.result()
+            return compiled(known)
         from quire.structured.grammar import Grammar
 
         future: Future[Grammar] = Future()
@@ -189,6 +191,18 @@ class Compiler:
             if code is not None and code not in (-27, None):  # not SIGPROF
                 return "it is too large or nested too deeply to compile", False
         return f"it takes more than {self._limit_s:g} s to compile", False
+
+
+def compiled(future: Future[Grammar], timeout_s: float = WAIT_S) -> Grammar:
+    """The grammar that `submit` promised; waits for it. Raises `ClientError`, `EngineError`."""
+    try:
+        return future.result(timeout_s)
+    except ClientError as e:  # a refusal is kept, and raised for each who asks: with a traceback of its own
+        raise ClientError(str(e), e.parameter) from None
+    except EngineError as e:
+        raise EngineError(str(e)) from None
+    except TimeoutError:
+        raise EngineError("a grammar was not compiled in time") from None
 
 
 def _start(work: Any) -> None:

@@ -59,7 +59,8 @@ def _source(params: StructuredOutputsParams) -> str:
 
 def kind(params: StructuredOutputsParams) -> str:
     """The field that holds the constraint."""
-    return next(name for name in ("json", "regex", "choice", "grammar", "json_object") if getattr(params, name))
+    kinds = ("json", "regex", "choice", "grammar", "json_object")
+    return next(name for name in kinds if getattr(params, name) is not None)
 
 
 def _error(params: StructuredOutputsParams, why: str) -> ClientError:

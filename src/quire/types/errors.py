@@ -23,4 +23,8 @@ class EngineError(QuireError, RuntimeError):
     """The engine failed, or the work of one request did; the message names the cause. Not the caller's fault."""
 
 
+class BusyError(QuireError, RuntimeError):
+    """Too much of its kind is waiting already: the same may be asked again later."""
+
+
 ValidationError = ClientError

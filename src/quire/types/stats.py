@@ -10,9 +10,10 @@ import msgspec
 class EngineStats(msgspec.Struct, frozen=True):
     """A snapshot. Blocks: `blocks_used` + `blocks_cached` + `blocks_free` = `blocks_total`; a cached block is unused
     but holds a prefix that may be hit again, so it is free to take. `host_blocks_used` counts host blocks that hold
-    anything, of swapped sequences or evicted prefixes. `kv_cache_usage` is used / total, 0 to 1. Counters run since
-    the start: tokens, preemptions, prefix cache queries and hits (in tokens), requests received. `waiting_tokens` are
-    the known tokens of the waiting sequences. `deferred`: of those that wait, how many wait for their grammars.
+    anything, of swapped sequences or evicted prefixes. `kv_cache_usage` is used / total, 0 to 1. Counters run since the
+    start: tokens, preemptions, prefix cache queries and hits (in tokens), requests received, whatever became of them.
+    `waiting_tokens` are the known tokens of the waiting sequences. `deferred`: of those that wait, how many wait for
+    their grammars.
     """
 
     blocks_total: int = 0
