@@ -1,7 +1,8 @@
 """The bodies of requests and answers: OpenAI's fields, and vLLM's beside them.
 
 Owns: names, types, defaults, and how a body's sampling fields become `SamplingParams`. What the values mean is checked
-there. Fields that do not exist are let through, as both models of this interface do.
+there. Fields that do not exist are let through, as both models of this interface do; those that exist there and are
+not implemented here are refused.
 """
 
 from __future__ import annotations
@@ -21,6 +22,29 @@ MAX_SEQUENCES = 2048  # that one body may ask for: the prompts, times n
 MAX_MESSAGES = 10_000
 MAX_STOPS = 256  # each is looked for after each token
 Count = Annotated[int, Field(ge=-(2**31), le=2**31 - 1)]
+
+
+# Fields of this interface that would change the answer and that are not implemented: what may be given all the same,
+# beside None, since it asks for nothing.
+NOT_YET: dict[str, tuple[Any, ...]] = {
+    "audio": (),
+    "documents": ([],),
+    "ec_transfer_params": ({},),
+    "function_call": ("none",),
+    "functions": ([],),
+    "kv_transfer_params": ({},),
+    "length_penalty": (1.0,),
+    "modalities": (["text"],),
+    "prompt_embeds": ([],),
+    "repetition_detection": (),
+    "return_prompt_text": (False,),
+    "return_token_offsets": (False,),
+    "return_weight_versions": (False,),
+    "truncation_side": ("left",),
+    "watermarking": (False,),
+    "web_search_options": (),
+}
+INSTEAD = {"functions": "give tools", "function_call": "give tool_choice"}
 
 
 class Body(BaseModel):
@@ -100,6 +124,9 @@ class Sampling(Body):
 
     def params(self, defaults: Mapping[str, Any], logprobs: int | None, max_tokens: int | None) -> SamplingParams:
         """Raises ClientError."""
+        for name, value in (self.model_extra or {}).items():
+            if name in NOT_YET and value is not None and value not in NOT_YET[name]:
+                raise ClientError(f"{name} is not supported: {INSTEAD.get(name, 'leave it out')}", name)
         if self.use_beam_search:
             raise ClientError("beam search is offered offline only (LLM.beam_search); leave it out", "use_beam_search")
         if self.stream_options is not None and not self.stream:
