@@ -44,7 +44,9 @@ def test_every_argument_has_a_flag_and_underscores_are_alike(name: str) -> None:
         for flag, value in ((f"--{name}", True), (f"--{name.replace('_', '-')}", True), (f"--no-{name}", False)):
             assert parse(flag) == {name: value}
         return
-    sample: Any = spec.choices[-1] if spec.choices else 1 if "int" in str(hint) else 0.5 if hint in (float, float | None) else "x"
+    sample: Any = (
+        spec.choices[-1] if spec.choices else 1 if "int" in str(hint) else 0.5 if hint in (float, float | None) else "x"
+    )
     text = str(sample)
     if "dict[" in str(hint):
         sample, text = {"a": 1}, '{"a": 1}'

@@ -285,7 +285,8 @@ def _normal(name: str, value: Any, hint: Any, spec: Spec) -> Any:
             raise ClientError(f"{name}={value!r} has the wrong type: {str(e).lower()}", name, value) from None
     elif not callable_allowed(hint) and hint is not Any:
         raise ClientError(f"{name}={value!r} has the wrong type: a function is not taken here", name, value)
-    if spec.secret and not all(text.strip() for text in value or ()):
+    keys: Any = value if spec.secret else None
+    if keys is not None and not all(key.strip() for key in keys):
         raise ClientError(f"{name} must not be empty: anybody would have it", name)
     if spec.choices is not None and value is not None and value not in spec.choices:
         near = difflib.get_close_matches(str(value), spec.choices, n=1)

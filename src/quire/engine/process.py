@@ -191,8 +191,8 @@ class ProcessClient:
         return self.call("reset_prefix_cache")
 
     def ask(self, method: str, *arguments: Any) -> Future[Any]:
-        """The answer of one of `wire.CALLS`, when it comes: `EngineError` where it does not, `ClientError` where the core
-        refuses. Raises `EngineError`."""
+        """The answer of one of `wire.CALLS`, when it comes; `EngineError` where it does not, `ClientError` where the
+        core refuses. Raises `EngineError`."""
         if not self._ready:
             raise EngineError("the engine's process is being started again")
         self._calls += 1
