@@ -227,6 +227,29 @@ def test_a_stopped_core_does_not_hold_up_the_end(start: Callable[..., AsyncLLM])
     assert not llm._thread.is_alive() and time.monotonic() - begin < 10
 
 
+def test_a_core_that_hangs_while_it_is_started_again_is_replaced() -> None:
+    config = resolve(EngineArgs(**{**SMALL, "log_level": "critical"}), usage="server")
+    client = ProcessClient(config, stall_s=1.0)
+    try:
+        os.kill(client._child.process.pid, signal.SIGKILL)
+        until = time.monotonic() + 100
+        while client.restarts == 0:
+            client.step()
+        hung = client._child.process.pid
+        os.kill(hung, signal.SIGSTOP)
+        while client._child.process.pid == hung:
+            assert time.monotonic() < until
+            client.step()
+        assert client.restarts == 2 and not psutil.pid_exists(hung)
+        client._patience = 100.0  # on a busy machine
+        while not client.ready:
+            assert time.monotonic() < until
+            client.step()
+        assert client.call("reset_prefix_cache")
+    finally:
+        client.shutdown()
+
+
 def test_what_the_core_refuses(start: Callable[..., AsyncLLM]) -> None:
     with pytest.raises(ClientError, match="cannot be imported"):  # it does not come so far
         start(logits_processors=["no_such_module:Class"])

@@ -162,6 +162,11 @@ def test_vllm_fields(client: openai.OpenAI) -> None:
         ({"best_of": 3}, "best_of"),
         ({"stream_options": {"include_usage": True}}, "stream_options"),
         ({"extra_body": {"use_beam_search": True}}, "use_beam_search"),
+        ({"extra_body": {"length_penalty": 0}}, "length_penalty"),
+        ({"extra_body": {"repetition_detection": {"max_pattern_size": 4}}}, "repetition_detection"),
+        ({"extra_body": {"kv_transfer_params": {"do_remote_decode": True}}}, "kv_transfer_params"),
+        ({"extra_body": {"watermarking": True}}, "watermarking"),
+        ({"extra_body": {"truncation_side": "right"}}, "truncation_side"),
         ({"extra_body": {"top_k": 1 << 40}}, "top_k"),
         ({"seed": 1 << 70}, "seed"),
         ({"stop": [""]}, "stop"),
@@ -197,3 +202,27 @@ def test_what_a_chat_refuses(client: openai.OpenAI) -> None:
         client.chat.completions.create(model="demo", messages=MESSAGES, extra_body={"chat_template": "{{ 1 }}"})
     with pytest.raises(openai.BadRequestError, match="top_logprobs"):
         client.chat.completions.create(model="demo", messages=MESSAGES, top_logprobs=3)
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"functions": [{"name": "f"}]}, "functions"),
+        ({"function_call": "auto"}, "function_call"),
+        ({"audio": {"voice": "alloy", "format": "wav"}}, "audio"),
+        ({"modalities": ["text", "audio"]}, "modalities"),
+        ({"documents": [{"title": "x"}]}, "documents"),
+    ],
+)
+def test_fields_that_nothing_here_implements(client: openai.OpenAI, fields: dict[str, Any], param: str) -> None:
+    with pytest.raises(openai.BadRequestError, match=f"{param} is not supported") as caught:
+        client.chat.completions.create(model="demo", messages=MESSAGES, extra_body=fields)
+    assert caught.value.param == param and caught.value.code == "invalid_value"
+
+
+def test_fields_that_ask_for_nothing(client: openai.OpenAI) -> None:
+    fields = {
+        "length_penalty": 1, "watermarking": None, "functions": [], "function_call": "none", "audio": None,
+        "modalities": ["text"], "documents": [], "kv_transfer_params": None, "x_of_another_server": True,
+    }  # fmt: skip
+    assert client.chat.completions.create(model="demo", messages=MESSAGES, max_tokens=1, extra_body=fields)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import schemathesis
 from hypothesis import HealthCheck, Phase, given, settings, strategies
+from pydantic import ValidationError
 from schemathesis import GenerationMode
 from schemathesis.checks import not_a_server_error
 from schemathesis.specs.openapi.checks import (
@@ -18,6 +19,8 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 from servers import Server
+
+from quire.server.protocol import Body, ChatRequest, CompletionRequest, DetokenizeRequest
 
 CHECKS: list[Any] = [
     not_a_server_error,
@@ -93,3 +96,32 @@ def known(value: Any) -> Any:
     if isinstance(value, list):
         return [known(item) for item in value] or [5]
     return value % 3000 if isinstance(value, int) else value or "x"
+
+
+MANY = 20_000
+SAID = [{"role": "user", "content": "x"}]
+
+
+@pytest.mark.parametrize(
+    ("model", "body"),
+    [
+        (CompletionRequest, {"prompt": [[]] * MANY}),
+        (CompletionRequest, {"prompt": [[[]]] * MANY}),
+        (CompletionRequest, {"prompt": "x", "allowed_token_ids": [[]] * MANY}),
+        (CompletionRequest, {"prompt": "x", "stop": [[]] * MANY}),
+        (CompletionRequest, {"prompt": "x", "logit_bias": {str(i): [] for i in range(MANY)}}),
+        (CompletionRequest, {"prompt": "x", "structured_outputs": {"choice": [[]] * MANY}}),
+        (ChatRequest, {"messages": [{}] * MANY}),
+        (ChatRequest, {"messages": SAID, "tools": [{}] * MANY}),
+        (ChatRequest, {"messages": SAID, "tools": [{"function": {"name": "f"}}] * MANY}),
+        (ChatRequest, {"messages": [{"role": "user", "content": [[]] * MANY}]}),
+        (ChatRequest, {"messages": [{"role": "user", "content": [{}] * MANY}]}),
+        (ChatRequest, {"messages": [{"role": "user", "tool_calls": [[]] * MANY}]}),
+        (DetokenizeRequest, {"tokens": [[]] * MANY}),
+    ],
+)
+def test_much_that_is_wrong_is_not_said_item_by_item(model: type[Body], body: dict[str, Any]) -> None:
+    """Others wait while the errors of a body are found."""
+    with pytest.raises(ValidationError) as caught:
+        model.model_validate(body)
+    assert 1 <= caught.value.error_count() <= 10

@@ -179,6 +179,27 @@ def test_grammars_are_kept() -> None:
     assert 1 <= len(children) <= 2, "a process for each thread, and no more"
 
 
+def test_long_grammars_are_not_all_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("quire.structured.compiler.KEPT_LENGTH", 1000)
+    compiler = Compiler(demo_model_path(), 3072, (2,), LIMIT_S)
+
+    def kept(*params: S) -> list[bool]:
+        return [compiler.knows(compiler.source(one)) for one in params]
+
+    small, middle, large = (S(choice=[c * n]) for c, n in (("a", 100), ("b", 500), ("c", 3000)))
+    compiler.compile(small)
+    compiler.compile(middle)
+    assert kept(small, middle) == [True, True]
+    compiler.compile(small)  # used again: the other one goes first
+    compiler.compile(S(choice=["d" * 500]))
+    assert kept(small, middle) == [True, False]
+    compiler.compile(large)
+    assert kept(small, middle, large) == [False, False, True], "the newest is kept, whatever its length"
+    compiler.compile(middle)
+    compiler.compile(small)
+    assert kept(small, middle, large) == [True, True, False]
+
+
 def test_special_tokens_by_their_text(compiler: Compiler) -> None:
     params = S(grammar='start: "x" "<|im_start|>" "y"')
     assert "<[1]>" in compiler.source(params)

@@ -205,7 +205,7 @@ class ServerArgs(_Checked):
     allowed_methods: list[str] | None = arg(None, "Methods that those origins may use; all by default.", "Server")
     allowed_headers: list[str] | None = arg(None, "Headers that those origins may use; all by default.", "Server")
     allow_credentials: bool = arg(False, "Let those origins send cookies.", "Server")
-    max_request_bytes: int | str = arg(32 << 20, "Longest request body; a longer one is answered with 413. May be written 32M.", "Server", human=True, low=1)
+    max_request_bytes: int | str = arg(8 << 20, "Longest request body; a longer one is answered with 413. May be written 8M.", "Server", human=True, low=1)
     request_timeout: float = arg(60.0, "Seconds within which a request's body must arrive.", "Server", low=0.1)
     max_prompt_tokens: int | None = arg(None, "Longest prompt in tokens, if shorter than the model allows.", "Server", low=1)
     max_num_queued_reqs: int | None = arg(None, "Most sequences that may wait; then requests are answered with 429.", "Server", low=0)

@@ -86,7 +86,8 @@ class ProcessClient:
     """Raises `ClientError` for a configuration that the core refuses, `EngineError` where it cannot be started.
 
     Make it in a thread that lives as long as the engine: on Linux the core's process ends with the thread that made it.
-    After `stall_s` seconds in which there was work and nothing was computed, the process is replaced; 0: never.
+    After `stall_s` seconds in which there was work and nothing was computed, the process is replaced; so is one that,
+    started again, takes longer than that, and than twice what the first one took, to be ready. 0: never.
     """
 
     def __init__(self, config: Config, stall_s: float = 0.0) -> None:
@@ -104,15 +105,18 @@ class ProcessClient:
         self._closed = False
         self._ready = False
         self._starts = 0
-        self._since = 0.0  # when the process was ready
+        self._since = 0.0  # when the process was started, then when it was ready
+        self._patience = stall_s  # seconds that a process which is started again may take
         self.restarts = 0
         self.steps: deque[int] = deque(maxlen=100_000)  # how many tokens each step computed, till somebody asks
         self.progress = time.monotonic()  # when something last moved, or there was nothing to move
         self._looked = self._awake = self.progress  # the last look at it; the end of the last long pause between two
         self.seconds: dict[str, float] = {}
         self._start()
+        begin = time.monotonic()
         while not self._ready:
             self._turn(None)
+        self._patience = max(stall_s, 2 * (time.monotonic() - begin))
 
     # -- the client's face ---------------------------------------------------------------------------------------------
 
@@ -150,7 +154,7 @@ class ProcessClient:
         """Waits for what the core's next step brings, or for `wake`. Raises `EngineError` where the core is lost and
         cannot be started again."""
         if not self._late:
-            self._turn(_LOOK_S if self._stall_s and self._live else None)
+            self._turn(_LOOK_S if self._stall_s and (self._live or not self._ready) else None)
             self._look()
         late, self._late = self._late, []
         return late
@@ -231,6 +235,7 @@ class ProcessClient:
         self._socket.set(zmq.LINGER, 0)
         self._socket.set(zmq.SNDHWM, 0)
         self._socket.set(zmq.RCVHWM, 0)
+        self._since = time.monotonic()
         self._child = Child(_SERVE, (self._config, self._address, time.time()))
         self._poller = zmq.Poller()
         self._poller.register(self._socket, zmq.POLLIN)
@@ -266,8 +271,16 @@ class ProcessClient:
         if now - self._looked > 3 * _LOOK_S:
             self._awake = now
         self._looked = now
+        if not self._stall_s:
+            return
+        if not self._ready:
+            late = now - max(self._since, self._awake)
+            if late > self._patience:
+                self._child.kill()
+                self._lost(f"it was killed, since it was not ready after {late:.0f} s")
+            return
         quiet = now - max(self.progress, self._awake)
-        if self._stall_s and self._live and self._ready and quiet > self._stall_s:
+        if self._live and quiet > self._stall_s:
             self._child.kill()
             self._lost(f"it was killed, since requests waited and nothing was computed for {quiet:.0f} s")
 
@@ -363,8 +376,9 @@ class ProcessClient:
         last = text.splitlines()[-1] if text else ""
         reason = f"the engine's process {describe_exit(code)}" + (f": {last}" if last else "")
         first = not self._ready and self.restarts == 0
+        calm = self._ready and time.monotonic() - self._since > CALM_S
         self._drop()
-        self._starts = 1 if time.monotonic() - self._since > CALM_S else self._starts + 1
+        self._starts = 1 if calm else self._starts + 1
         if self._closed or first or self._starts > MAX_STARTS:
             raise EngineError(f"{reason}\n{text}" if text else reason)
         log.error("%s; it is started again, with its %d requests", reason, len(self._live))

@@ -1,26 +1,55 @@
 """The bodies of requests and answers: OpenAI's fields, and vLLM's beside them.
 
 Owns: names, types, defaults, and how a body's sampling fields become `SamplingParams`. What the values mean is checked
-there. Fields that do not exist are let through, as both models of this interface do.
+there. Fields that do not exist are let through, as both models of this interface do; those that exist there and are
+not implemented here are refused.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar, cast
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from quire.types.errors import ClientError
 from quire.types.params import RequestOutputKind, SamplingParams, StructuredOutputsParams
 
+Item = TypeVar("Item")
+# A list that is wrong has one error: a million of them would take seconds to find and to write down.
+Items = Annotated[list[Item], Field(fail_fast=True)]
 Int64 = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
 TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
 RequestId = Annotated[str, Field(max_length=256, pattern="^[ -~]*$")]  # it goes into a header
 MAX_SEQUENCES = 2048  # that one body may ask for: the prompts, times n
 MAX_MESSAGES = 10_000
+MAX_PARTS = 10_000  # of one message; and how many tools a conversation may have
+MAX_BIASES = 1024
 MAX_STOPS = 256  # each is looked for after each token
 Count = Annotated[int, Field(ge=-(2**31), le=2**31 - 1)]
+
+
+# Fields of this interface that would change the answer and that are not implemented: what may be given all the same,
+# beside None, since it asks for nothing.
+NOT_YET: dict[str, tuple[Any, ...]] = {
+    "audio": (),
+    "documents": ([],),
+    "ec_transfer_params": ({},),
+    "function_call": ("none",),
+    "functions": ([],),
+    "kv_transfer_params": ({},),
+    "length_penalty": (1.0,),
+    "modalities": (["text"],),
+    "prompt_embeds": ([],),
+    "repetition_detection": (),
+    "return_prompt_text": (False,),
+    "return_token_offsets": (False,),
+    "return_weight_versions": (False,),
+    "truncation_side": ("left",),
+    "watermarking": (False,),
+    "web_search_options": (),
+}
+INSTEAD = {"functions": "give tools", "function_call": "give tool_choice"}
 
 
 class Body(BaseModel):
@@ -49,13 +78,19 @@ class StructuredOutputs(Body):
 
     json_: str | dict[str, Any] | None = Field(default=None, alias="json")
     regex: str | None = None
-    choice: list[str] | None = None
+    choice: Items[str] | None = None
     grammar: str | None = None
     json_object: bool | None = None
     structural_tag: str | None = None
     whitespace_pattern: str | None = None
     disable_any_whitespace: bool = False
     disable_additional_properties: bool = False
+
+
+def _few(biases: Any) -> Any:
+    if isinstance(biases, dict) and len(cast(dict[Any, Any], biases)) > MAX_BIASES:
+        raise ValueError(f"may name at most {MAX_BIASES} tokens")
+    return biases  # pyright: ignore[reportUnknownVariableType]
 
 
 class Sampling(Body):
@@ -70,8 +105,8 @@ class Sampling(Body):
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     repetition_penalty: float | None = None
-    stop: str | Annotated[list[str], Field(max_length=MAX_STOPS)] | None = None
-    stop_token_ids: list[TokenId] | None = None
+    stop: str | Annotated[Items[str], Field(max_length=MAX_STOPS)] | None = None
+    stop_token_ids: Items[TokenId] | None = None
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
     min_tokens: Count | None = None
@@ -79,11 +114,11 @@ class Sampling(Body):
     skip_special_tokens: bool | None = None
     spaces_between_special_tokens: bool | None = None
     truncate_prompt_tokens: Count | None = None
-    allowed_token_ids: list[TokenId] | None = None
-    logit_bias: dict[str, float] | None = None
-    bad_words: Annotated[list[str], Field(max_length=MAX_STOPS)] | None = None
+    allowed_token_ids: Items[TokenId] | None = None
+    logit_bias: Annotated[dict[str, float] | None, BeforeValidator(_few)] = None
+    bad_words: Annotated[Items[str], Field(max_length=MAX_STOPS)] | None = None
     prompt_logprobs: Count | None = None
-    logprob_token_ids: list[TokenId] | None = None
+    logprob_token_ids: Items[TokenId] | None = None
     stream_interval: Count | None = None
     thinking_token_budget: Count | None = None
     structured_outputs: StructuredOutputs | None = None
@@ -100,6 +135,9 @@ class Sampling(Body):
 
     def params(self, defaults: Mapping[str, Any], logprobs: int | None, max_tokens: int | None) -> SamplingParams:
         """Raises ClientError."""
+        for name, value in (self.model_extra or {}).items():
+            if name in NOT_YET and value is not None and value not in NOT_YET[name]:
+                raise ClientError(f"{name} is not supported: {INSTEAD.get(name, 'leave it out')}", name)
         if self.use_beam_search:
             raise ClientError("beam search is offered offline only (LLM.beam_search); leave it out", "use_beam_search")
         if self.stream_options is not None and not self.stream:
@@ -109,8 +147,6 @@ class Sampling(Body):
             fields["extra_args"] = self.vllm_xargs
         if logprobs is not None:
             fields["logprobs"] = logprobs
-        if self.logit_bias and len(self.logit_bias) > 1024:
-            raise ClientError("logit_bias may name at most 1024 tokens", "logit_bias")
         kind = RequestOutputKind.DELTA if self.stream else RequestOutputKind.FINAL_ONLY
         constraint = self._constraint()
         params = SamplingParams(
@@ -143,14 +179,11 @@ _PASSED = (
 
 class CompletionRequest(Sampling):
     model: str | None = None
-    # Fail fast: a list of a million ids is tried as a list of texts first, and must not fail a million times.
     prompt: (
         str
-        | Annotated[list[str], Field(fail_fast=True, max_length=MAX_SEQUENCES)]
-        | Annotated[list[TokenId], Field(fail_fast=True)]
-        | Annotated[
-            list[Annotated[list[TokenId], Field(fail_fast=True)]], Field(fail_fast=True, max_length=MAX_SEQUENCES)
-        ]
+        | Annotated[Items[str], Field(max_length=MAX_SEQUENCES)]
+        | Items[TokenId]
+        | Annotated[Items[Items[TokenId]], Field(max_length=MAX_SEQUENCES)]
     )
     max_tokens: Count | None = 16
     echo: bool | None = False
@@ -186,17 +219,17 @@ class Message(Body):
     """A message of a conversation: a role, and content as text or as parts."""
 
     role: str
-    content: str | list[dict[str, Any] | str] | None = None
+    content: str | Annotated[Items[dict[str, Any] | str], Field(max_length=MAX_PARTS)] | None = None
     name: str | None = None
-    tool_calls: list[dict[str, Any]] | None = None
+    tool_calls: Annotated[Items[dict[str, Any]], Field(max_length=MAX_PARTS)] | None = None
     tool_call_id: str | None = None
 
 
 class Conversation(Body):
     """What becomes a prompt by the chat template."""
 
-    messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
-    tools: list[Tool] | None = None
+    messages: Items[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
+    tools: Annotated[Items[Tool], Field(max_length=MAX_PARTS)] | None = None
     add_generation_prompt: bool = True
     continue_final_message: bool = False
     add_special_tokens: bool = False
@@ -222,8 +255,8 @@ class TokenizeRequest(Body):
 
     model: str | None = None
     prompt: str | None = None
-    messages: Annotated[list[Message], Field(max_length=MAX_MESSAGES)] | None = None
-    tools: list[Tool] | None = None
+    messages: Annotated[Items[Message], Field(max_length=MAX_MESSAGES)] | None = None
+    tools: Annotated[Items[Tool], Field(max_length=MAX_PARTS)] | None = None
     add_special_tokens: bool | None = None
     return_token_strs: bool | None = False
     add_generation_prompt: bool = True
@@ -234,7 +267,7 @@ class TokenizeRequest(Body):
 
 class DetokenizeRequest(Body):
     model: str | None = None
-    tokens: list[TokenId]
+    tokens: Items[TokenId]
 
 
 class GenerateRequest(Sampling):

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 KEPT = 512  # grammars in the cache, refusals among them
+KEPT_LENGTH = 4 << 20  # characters of their texts, together; a compiled grammar takes many times its text
 THREADS = 2
 IDLE_S = 60.0  # how long a process waits for the next grammar
 START_S = 120.0  # most that it may take to start, on a busy machine
@@ -57,6 +58,7 @@ class Compiler:
             why = str(e).strip().splitlines()[:1]
             raise ClientError(f"structured_outputs cannot use this tokenizer: {why}", "structured_outputs") from e
         self._grammars: OrderedDict[str, Future[Grammar]] = OrderedDict()
+        self._length = 0  # of their texts
         self._jobs: queue.SimpleQueue[tuple[str, str, Future[Grammar]]] = queue.SimpleQueue()
         self._threads = self._idle = 0
         self._lock = threading.Lock()
@@ -120,9 +122,16 @@ class Compiler:
         return self._tokenizer.decode_bytes([token])
 
     def _keep(self, source: str, future: Future[Grammar]) -> None:
+        """The newest is kept, whatever its length."""
+        self._forget(source)
         self._grammars[source] = future
-        while len(self._grammars) > KEPT:
-            self._grammars.popitem(last=False)
+        self._length += len(source)
+        while len(self._grammars) > KEPT or (self._length > KEPT_LENGTH and len(self._grammars) > 1):
+            self._forget(next(iter(self._grammars)))
+
+    def _forget(self, source: str) -> None:
+        if self._grammars.pop(source, None) is not None:
+            self._length -= len(source)
 
     # --- in a thread ---
 
@@ -151,7 +160,7 @@ class Compiler:
                 except Exception as e:
                     log.exception("compiling a grammar failed")
                     with self._lock:
-                        self._grammars.pop(source, None)  # not the grammar's fault: it may be tried again
+                        self._forget(source)  # not the grammar's fault: it may be tried again
                     future.set_exception(EngineError(f"compiling a grammar failed: {type(e).__name__}: {e}"))
         finally:
             if child is not None:
