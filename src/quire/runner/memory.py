@@ -132,7 +132,8 @@ def device_memory(
     free, total = torch.cuda.mem_get_info(device)
     # Logits of graphs live apart: those of each size of decode step, and one buffer for all others.
     graphs = (sum(decode_sizes(min(tokens, rows))) + rows) * arch.vocab_size * DTYPES[config.model.dtype].itemsize
-    return Device(total, free, weights, peak + graphs)
+    counts = rows * arch.vocab_size * torch.int32.itemsize  # of tokens, where every row has penalties
+    return Device(total, free, weights, peak + graphs + counts)
 
 
 def _free_host_memory() -> int:

@@ -21,7 +21,7 @@ from quire.ops.cache import COPY_PAGES
 from quire.ops.dispatch import Binder
 from quire.ops.native.bound import most_tokens
 from quire.ops.native.kernels import ANY
-from quire.ops.sampling import DRAW_STEP, SAMPLE
+from quire.ops.sampling import DRAW_STEP
 from quire.ops.triton.ahead import make_ahead
 from quire.runner import memory
 from quire.runner.compilers import GrammarCompilers
@@ -30,7 +30,7 @@ from quire.runner.kv_store import KVStore
 from quire.runner.logits import load_processors
 from quire.runner.model_runner import ModelRunner, Pending
 from quire.runner.replay import make_replay
-from quire.runner.sampler import Sampler
+from quire.runner.sampler import Sampler, SamplingOps
 from quire.runner.table import RequestTable
 from quire.types.errors import ClientError
 from quire.types.kv import KVGroup
@@ -69,7 +69,7 @@ class Worker:
             config.model.max_logprobs,
             processors,
             config.model.logprobs_mode,
-            self.ops.bind(SAMPLE),
+            SamplingOps.bound(self.ops),
             compilers=self._compilers,
         )
         self.kv_groups: tuple[KVGroup, ...] = kv_groups(arch, config.model.max_model_len)
