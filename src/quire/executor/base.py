@@ -16,6 +16,10 @@ class Result(Protocol):
         """Wait for it; raises what went wrong in the step."""
         ...
 
+    def done(self) -> bool:
+        """Whether `result` would not wait."""
+        ...
+
 
 class Executor(Protocol):
     """Workers that run plans, all of them each plan. Sizes are in pages of KV cache."""

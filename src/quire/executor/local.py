@@ -17,6 +17,9 @@ class _Failed:
     def result(self) -> StepResult:
         raise self._error
 
+    def done(self) -> bool:
+        return True
+
 
 class LocalExecutor:
     def __init__(self, config: Config) -> None:

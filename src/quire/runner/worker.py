@@ -56,6 +56,7 @@ class Worker:
             torch.cuda.set_device(self.device)
         else:
             torch.set_num_threads(config.device.threads)
+        ahead = make_ahead(self.device)
         arch, size = config.model.arch, config.cache.block_size
         dtype = DTYPES[config.model.dtype]
         self.ops = Binder(self.device, dtype, config.device.ops)
@@ -74,7 +75,7 @@ class Worker:
         )
         self.kv_groups: tuple[KVGroup, ...] = kv_groups(arch, config.model.max_model_len)
         kv_dtype = KV_DTYPES[config.cache.kv_cache_dtype]
-        ahead = make_ahead(self.ops, kv_dtype, self.device)
+        ahead = ahead.serves(self.ops, kv_dtype)
         with ahead:
             there = memory.device_memory(model, config, self.kv_groups, kv_dtype, self.device, before) if gpu else None
         self.num_blocks = memory.num_blocks(config, self.kv_groups, kv_dtype, there, mapped_bytes(model))
