@@ -95,6 +95,29 @@ def test_a_plan_waits_for_requests_while_the_device_is_at_work() -> None:
         llm.llm_engine.drain()
 
 
+def test_what_is_to_come_is_prepared_until_a_message_comes() -> None:
+    waiting, prepared, polls = [0, 0, 1, 1], [], []
+
+    class Socket:
+        def recv_multipart(self, flags: int) -> list[bytes]:
+            if polls.count(None) > 1:
+                raise zmq.Again
+            polls.append(None)
+            return [b"front", wire.encode(wire.Abort(["x"]))]
+
+        def poll(self, timeout: int | None = None) -> int:
+            polls.append(timeout)
+            return waiting.pop(0)
+
+    def idle() -> bool:
+        prepared.append(1)
+        return True
+
+    core: Any = SimpleNamespace(has_work=False, idle=idle, spare=lambda: 0.0, abort=lambda names: None)
+    assert _Loop(core, Socket())._take_in()  # type: ignore[arg-type]
+    assert len(prepared) == 2 and polls[:4] == [0, 0, 0, None]
+
+
 def test_messages_are_taken_in_as_long_as_there_is_time() -> None:
     """One comes while the core could still wait; what comes when it cannot is for the next time."""
     arriving: list[Any] = [zmq.Again(), [b"front", wire.encode(wire.Abort(["x"]))], zmq.Again(), zmq.Again()]

@@ -122,6 +122,10 @@ class EngineCore:
             self._restart()
             raise
 
+    def idle(self) -> bool:
+        """Where there is no work: prepares for work to come, a little. False: nothing is left to prepare."""
+        return self._executor.idle()
+
     def spare(self) -> float:
         """Seconds for which `step` may come later without the device waiting: a plan that is made later has the
         requests in it that came meanwhile."""

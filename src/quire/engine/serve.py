@@ -78,6 +78,8 @@ class _Loop:
         """Read messages; waits for one if there is nothing else to do, and for more as long as the device has enough
         to do. False: stop."""
         if not self._core.has_work:
+            while not self._socket.poll(0) and self._core.idle():
+                pass
             self._socket.poll()
         while True:
             try:

@@ -39,6 +39,9 @@ class LocalExecutor:
         assert self.worker is not None, "the executor is shut down"
         return self.worker.prepare(grammar, eos_token_ids)
 
+    def idle(self) -> bool:
+        return self.worker is not None and self.worker.idle()
+
     def shutdown(self) -> None:
         self.worker = None  # the model's memory goes with it
 

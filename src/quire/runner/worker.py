@@ -95,7 +95,9 @@ class Worker:
         )
         budget = config.scheduler.max_num_batched_tokens
         depth = config.scheduler.depth
-        replay = make_replay(model, table, store, self.ops, self.device, budget, depth, config.model.enforce_eager)
+        self._replay = replay = make_replay(
+            model, table, store, self.ops, self.device, budget, depth, config.model.enforce_eager
+        )
         draw_step = self.ops.bind(DRAW_STEP) if gpu else None
         self._runner = ModelRunner(model, store, table, sampler, replay, self.device, depth, draw_step)
         if isinstance(replay, Graphs):
@@ -113,6 +115,10 @@ class Worker:
     def execute(self, plan: Plan) -> StepResult:
         """Run a step to its end."""
         return self.submit(plan).result()
+
+    def idle(self) -> bool:
+        """Makes one more size of steps ready; False if all are."""
+        return self._replay.prepare_next()
 
     def prepare(self, grammar: str, eos_token_ids: tuple[int, ...]) -> Future[None]:
         """Compile a grammar, which another process has tried, beside the steps; a row with it finds it made."""
