@@ -21,7 +21,8 @@ from quire.ops.cache import COPY_PAGES
 from quire.ops.dispatch import Binder
 from quire.ops.native.bound import most_tokens
 from quire.ops.native.kernels import ANY
-from quire.ops.sampling import DRAW_STEP, SAMPLE
+from quire.ops.sampling import DRAW_STEP
+from quire.ops.triton.ahead import make_ahead
 from quire.runner import memory
 from quire.runner.compilers import GrammarCompilers
 from quire.runner.graphs import Graphs
@@ -29,7 +30,7 @@ from quire.runner.kv_store import KVStore
 from quire.runner.logits import load_processors
 from quire.runner.model_runner import ModelRunner, Pending
 from quire.runner.replay import make_replay
-from quire.runner.sampler import Sampler
+from quire.runner.sampler import Sampler, SamplingOps
 from quire.runner.table import RequestTable
 from quire.types.errors import ClientError
 from quire.types.kv import KVGroup
@@ -68,12 +69,14 @@ class Worker:
             config.model.max_logprobs,
             processors,
             config.model.logprobs_mode,
-            self.ops.bind(SAMPLE),
+            SamplingOps.bound(self.ops),
             compilers=self._compilers,
         )
         self.kv_groups: tuple[KVGroup, ...] = kv_groups(arch, config.model.max_model_len)
         kv_dtype = KV_DTYPES[config.cache.kv_cache_dtype]
-        there = memory.device_memory(model, config, self.kv_groups, kv_dtype, self.device, before) if gpu else None
+        ahead = make_ahead(self.ops, kv_dtype, self.device)
+        with ahead:
+            there = memory.device_memory(model, config, self.kv_groups, kv_dtype, self.device, before) if gpu else None
         self.num_blocks = memory.num_blocks(config, self.kv_groups, kv_dtype, there, mapped_bytes(model))
         self.num_host_blocks = memory.num_host_blocks(config, self.kv_groups, kv_dtype)
         try:
@@ -95,7 +98,9 @@ class Worker:
         draw_step = self.ops.bind(DRAW_STEP) if gpu else None
         self._runner = ModelRunner(model, store, table, sampler, replay, self.device, depth, draw_step)
         if isinstance(replay, Graphs):
+            ahead.foresee(replay.foresee)
             log.info("%d sizes of steps were captured as graphs in %.1f s", *replay.prepare())
+        ahead.close()
         if not gpu:
             _leave_the_cores_to_native_threads(model, self.ops)
 
