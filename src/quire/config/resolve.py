@@ -26,6 +26,7 @@ from quire.config.schema import (
     SchedulerConfig,
     StructuredConfig,
 )
+from quire.plugins.models import ModelRegistry
 from quire.types.errors import ClientError
 from quire.utils.devices import Machine, probe
 from quire.utils.logging import get_logger, level_name
@@ -57,7 +58,7 @@ def resolve(args: EngineArgs, *, machine: Machine | None = None, usage: str = "l
             parameter="model",
             value=args.model,
         )
-    raw = _overridden(hub.read_config(source), args.hf_overrides)
+    raw = ModelRegistry.read_config(_overridden(hub.read_config(source), args.hf_overrides))
     if raw.get("quantization_config"):
         raise ClientError(
             f"the checkpoint {args.model!r} is quantized ({_quantization(raw)}), which is not yet in quire: "

@@ -139,7 +139,7 @@ def load_model(config: Config, device: torch.device, ops: Binder | None = None) 
             f"dtype {config.model.dtype!r} is not known; there are {', '.join(DTYPES)}", "dtype", config.model.dtype
         )
     context = LoadContext(config, device, dtype, ops or Binder(device, dtype))
-    model_class = ModelRegistry.resolve([config.model.arch.architecture])
+    model_class = ModelRegistry.resolve([config.model.arch.architecture], config.model.registered)
     with torch.device("meta"):
         model: nn.Module = model_class(config.model.arch)
     for _, change in passes(config.model.quantization):
