@@ -81,5 +81,13 @@ for _arch, _target in {
     "Qwen3ForCausalLM": "qwen3:Qwen3ForCausalLM",
     "OPTForCausalLM": "opt:OPTForCausalLM",
     "GPT2LMHeadModel": "gpt2:GPT2LMHeadModel",
+    "FalconForCausalLM": "falcon:FalconForCausalLM",
+    "RWForCausalLM": "falcon:FalconForCausalLM",
+    "MptForCausalLM": "mpt:MptForCausalLM",
+    "MPTForCausalLM": "mpt:MptForCausalLM",
+    "Phi3ForCausalLM": "phi3:Phi3ForCausalLM",
+    "GemmaForCausalLM": "gemma:GemmaForCausalLM",
+    "Gemma2ForCausalLM": "gemma2:Gemma2ForCausalLM",
+    "Gemma3ForCausalLM": "gemma3:Gemma3ForCausalLM",
 }.items():
     ModelRegistry.register_model(_arch, f"quire.models.{_target}")
