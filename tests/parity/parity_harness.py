@@ -107,9 +107,9 @@ def liven(model: nn.Module) -> None:
 class Judge:
     """Transformers' answers for one checkpoint, float32, eager attention."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, trust_remote_code: bool = False) -> None:
         self.model: Any = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, attn_implementation="eager"
+            folder, dtype=torch.float32, attn_implementation="eager", trust_remote_code=trust_remote_code
         ).eval()
         self._known: dict[tuple[int, ...], Tensor] = {}
 
