@@ -132,10 +132,13 @@ def liven(model: nn.Module) -> None:
 class Judge:
     """Transformers' answers for one checkpoint, float32, eager attention (but for Falcon, whose adds ALiBi twice)."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, trust_remote_code: bool = False) -> None:
         falcon = json.loads((folder / "config.json").read_text())["model_type"] == "falcon"
         self.model: Any = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, attn_implementation="sdpa" if falcon else "eager"
+            folder,
+            dtype=torch.float32,
+            attn_implementation="sdpa" if falcon else "eager",
+            trust_remote_code=trust_remote_code,
         ).eval()
         self._known: dict[tuple[int, ...], Tensor] = {}
 

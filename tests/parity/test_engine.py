@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 import random
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -73,16 +73,20 @@ LENGTHS = (1, 2, 3, 5, 8, 13, 21, 34, 55, 89, 4, 17)
 MAX_LEN, BLOCK, NEW = 128, 4, 18
 
 
-@contextmanager
-def engine(folder: Path, **changes: Any) -> Iterator[LLM]:
+def engine(folder: Path, **changes: Any) -> AbstractContextManager[LLM]:
     """Room for one longest sequence and little more in each group, and steps shorter than most prompts."""
     groups = harness.kv_groups(harness.config_for(folder).model.arch, MAX_LEN)
     longest = sum(MAX_LEN if group.window is None else group.window + 24 for group in groups)
+    return engine_of(folder, **{"num_gpu_blocks_override": longest // BLOCK + 3 * len(groups), **changes})
+
+
+@contextmanager
+def engine_of(folder: Path, **changes: Any) -> Iterator[LLM]:
+    """Short steps, small blocks, and whatever pool is asked for."""
     settings: dict[str, Any] = {
         "dtype": "float32",
         "max_model_len": MAX_LEN,
         "block_size": BLOCK,
-        "num_gpu_blocks_override": longest // BLOCK + 3 * len(groups),
         "max_num_batched_tokens": 24,
         "max_num_seqs": 8,
         "enable_prefix_caching": True,

@@ -16,6 +16,7 @@ from quire.config.schema import Config
 from quire.layers.linear import Matrix
 from quire.loading.mapped import map_parameters
 from quire.loading.weights import load_weights
+from quire.models.choice import TRANSFORMERS, backend_class
 from quire.models.registry import ModelRegistry
 from quire.ops.dispatch import Binder
 from quire.quantization import SCHEMES, Scheme, mark_layers
@@ -90,6 +91,13 @@ class Binds(Protocol):
     def bind(self, ops: Binder) -> None: ...
 
 
+@runtime_checkable
+class Proves(Protocol):
+    """A model whose code is not quire's: what it does is tried before it runs."""
+
+    def prove(self, config: Config, device: torch.device, dtype: torch.dtype, ops: Binder) -> None: ...
+
+
 class Quantize:
     """Marks the layers that the scheme changes; `Finish` changes them, when their weights are there."""
 
@@ -139,9 +147,18 @@ def load_model(config: Config, device: torch.device, ops: Binder | None = None) 
             f"dtype {config.model.dtype!r} is not known; there are {', '.join(DTYPES)}", "dtype", config.model.dtype
         )
     context = LoadContext(config, device, dtype, ops or Binder(device, dtype))
-    model_class = ModelRegistry.resolve([config.model.arch.architecture], config.model.registered)
-    with torch.device("meta"):
-        model: nn.Module = model_class(config.model.arch)
+    model = _build(config, dtype)
     for _, change in passes(config.model.quantization):
         change(model, context)
+    if isinstance(model, Proves):
+        model.prove(config, device, dtype, context.ops)
     return model.eval()
+
+
+def _build(config: Config, dtype: torch.dtype) -> nn.Module:
+    """The module tree, parameters on the meta device."""
+    if config.model.model_impl == TRANSFORMERS:
+        return backend_class()(config, dtype)
+    model_class = ModelRegistry.resolve([config.model.arch.architecture], config.model.registered)
+    with torch.device("meta"):
+        return model_class(config.model.arch)
