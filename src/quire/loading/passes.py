@@ -15,7 +15,9 @@ from torch import nn
 from quire.config.schema import Config
 from quire.layers.linear import Matrix
 from quire.loading.mapped import map_parameters
+from quire.loading.pooling import load_dense
 from quire.loading.weights import load_weights
+from quire.models.pooling import PoolingModel
 from quire.models.registry import ModelRegistry
 from quire.ops.dispatch import Binder
 from quire.quantization import SCHEMES, Scheme, mark_layers
@@ -139,9 +141,14 @@ def load_model(config: Config, device: torch.device, ops: Binder | None = None) 
             f"dtype {config.model.dtype!r} is not known; there are {', '.join(DTYPES)}", "dtype", config.model.dtype
         )
     context = LoadContext(config, device, dtype, ops or Binder(device, dtype))
-    model_class = ModelRegistry.resolve([config.model.arch.architecture])
+    arch, pooling = config.model.arch, config.pooling
     with torch.device("meta"):
-        model: nn.Module = model_class(config.model.arch)
+        if pooling is not None:
+            model: nn.Module = PoolingModel(arch, pooling)
+        else:
+            model = ModelRegistry.resolve([arch.architecture])(arch)
     for _, change in passes(config.model.quantization):
         change(model, context)
+    if isinstance(model, PoolingModel) and pooling is not None:
+        model.dense = load_dense(pooling.dense, config.load.load_format, device)
     return model.eval()
