@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from quire.config.arch import ModelArch
+from quire.config.pooling import PoolingConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,7 +135,8 @@ class ObservabilityConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
-    """All of it. Passed down, never written: `dataclasses.replace` makes a changed copy."""
+    """All of it. Passed down, never written: `dataclasses.replace` makes a changed copy. `pooling`: None for a model
+    that generates."""
 
     model: ModelConfig
     cache: CacheConfig
@@ -144,3 +146,4 @@ class Config:
     device: DeviceConfig
     observability: ObservabilityConfig
     structured: StructuredConfig = field(default_factory=StructuredConfig)
+    pooling: PoolingConfig | None = None

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from quire.config.schema import Config
 from quire.layers.step import AttentionMeta, GroupMeta, Step
@@ -100,7 +101,7 @@ def _smallest_fix(config: Config, device: Device | None, missing: int) -> str:
 
 
 def device_memory(
-    model: CausalLM, config: Config, groups: tuple[KVGroup, ...], dtype: torch.dtype, device: torch.device, before: int
+    model: nn.Module, config: Config, groups: tuple[KVGroup, ...], dtype: torch.dtype, device: torch.device, before: int
 ) -> Device:
     """Measured on a GPU that holds the model; `before`: bytes that torch had allocated there before it was loaded. Runs
     the largest step once; whether its kernels are launched makes no difference."""
@@ -123,9 +124,13 @@ def device_memory(
         )
         zeros = torch.zeros(tokens, dtype=torch.int64, device=device)
         hidden_TD = model(zeros, zeros, Step(zeros, meta, store.layers))
-        logits_RV = model.compute_logits(hidden_TD[:rows], None)
-        logits_RV.float()  # what a sampler changes is a copy
-        del hidden_TD, logits_RV, store
+        if isinstance(model, CausalLM):
+            logits_RV = model.compute_logits(hidden_TD[:rows], None)
+            logits_RV.float()  # what a sampler changes is a copy
+            del logits_RV
+        else:
+            hidden_TD.float()  # what is pooled
+        del hidden_TD, store
     torch.cuda.synchronize(device)
     peak = torch.cuda.max_memory_allocated(device) - before - weights
     torch.cuda.empty_cache()
@@ -133,7 +138,7 @@ def device_memory(
     # Logits of graphs live apart: those of each size of decode step, and one buffer for all others.
     graphs = (sum(decode_sizes(min(tokens, rows))) + rows) * arch.vocab_size * DTYPES[config.model.dtype].itemsize
     counts = rows * arch.vocab_size * torch.int32.itemsize  # of tokens, where every row has penalties
-    return Device(total, free, weights, peak + graphs + counts)
+    return Device(total, free, weights, peak + (graphs + counts if isinstance(model, CausalLM) else 0))
 
 
 def _free_host_memory() -> int:
