@@ -17,11 +17,9 @@ from quire.config.pooling import DenseConfig, PoolingConfig
 from quire.layers.slots import Part, SlotModule
 from quire.layers.step import Step
 from quire.models.base import CausalLM
-from quire.models.registry import ModelRegistry
+from quire.models.registry import ModelRegistry, whole_of
 from quire.types.errors import ClientError
 
-_HEADLESS = ("ForSequenceClassification", "ForTokenClassification", "ForProcessRewardModel", "ForRewardModel", "Model")
-_HEADS = ("ForCausalLM", "LMHeadModel")
 _UNUSED = ("lm_head.", "score.", "classifier.")  # heads that a checkpoint may have and this model has not
 
 _FUNCTIONS = {
@@ -41,12 +39,7 @@ def activation(name: str, x: Tensor) -> Tensor:
 
 def body_class(architecture: str) -> type[CausalLM]:
     """The class whose body `architecture` has. Raises `ClientError` that names the closest."""
-    known = ModelRegistry.get_supported_archs()
-    if architecture not in known and not architecture.endswith(_HEADS):
-        end = next((end for end in _HEADLESS if architecture.endswith(end)), "")
-        stem = architecture.removesuffix(end)
-        architecture = next((stem + head for head in _HEADS if stem + head in known), architecture)
-    return ModelRegistry.resolve([architecture])
+    return ModelRegistry.resolve([whole_of(architecture) or architecture])
 
 
 class Head(SlotModule):
