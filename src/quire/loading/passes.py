@@ -139,9 +139,14 @@ def load_model(config: Config, device: torch.device, ops: Binder | None = None) 
             f"dtype {config.model.dtype!r} is not known; there are {', '.join(DTYPES)}", "dtype", config.model.dtype
         )
     context = LoadContext(config, device, dtype, ops or Binder(device, dtype))
-    model_class = ModelRegistry.resolve([config.model.arch.architecture], config.model.registered)
-    with torch.device("meta"):
-        model: nn.Module = model_class(config.model.arch)
+    model = build_model(config, dtype)
     for _, change in passes(config.model.quantization):
         change(model, context)
     return model.eval()
+
+
+def build_model(config: Config, dtype: torch.dtype) -> nn.Module:
+    """The module tree, parameters on the meta device. Raises `ClientError` for what no class implements."""
+    model_class = ModelRegistry.resolve([config.model.arch.architecture], config.model.registered)
+    with torch.device("meta"):
+        return model_class(config.model.arch)

@@ -22,7 +22,7 @@ from quire.ops.dispatch import Binder
 from quire.ops.native.bound import most_tokens
 from quire.ops.native.kernels import ANY
 from quire.ops.sampling import DRAW_STEP, SAMPLE
-from quire.runner import memory
+from quire.runner import estimate, memory
 from quire.runner.compilers import GrammarCompilers
 from quire.runner.graphs import Graphs
 from quire.runner.kv_store import KVStore
@@ -60,6 +60,8 @@ class Worker:
         self.ops = Binder(self.device, dtype, config.device.ops)
         gpu = self.device.type == "cuda"
         before = torch.cuda.memory_allocated(self.device) if gpu else 0
+        if rank == 0:
+            estimate.announce(config)
         model = cast(CausalLM, load_model(config, self.device, self.ops))
         processors = load_processors(config.model.logits_processors, arch.vocab_size, self.device)
         sampler = Sampler(
