@@ -206,3 +206,19 @@ def test_the_estimate_imports_no_torch() -> None:
 )
 def test_parts_by_name(name: str, part: str) -> None:
     assert estimate.part_of(name) == part
+
+
+def test_a_model_that_runs_from_transformers(tmp_path: Path) -> None:
+    import transformers
+
+    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    settings = transformers.GPTNeoXConfig(**small, vocab_size=99, max_position_embeddings=128)
+    model = transformers.GPTNeoXForCausalLM(settings)
+    model.save_pretrained(tmp_path)
+    found, status = inspect(str(tmp_path))
+    assert status == 0, found["problems"]
+    assert found["implementation"] == {"architecture": "GPTNeoXForCausalLM", "by": "transformers"}
+    assert found["parameters"]["total"] == sum(p.numel() for p in model.parameters())
+    assert found["plan"]["max_model_len"] == 128
+    found, status = inspect(str(tmp_path), "--model-impl=quire")
+    assert status == 1 and "GPTNeoXForCausalLM" in found["problems"][0]

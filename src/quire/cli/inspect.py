@@ -142,14 +142,12 @@ def _tensors(config: Config, args: EngineArgs) -> tuple[list[Stored] | None, str
     if stored is None and not local and args.load_format != "dummy":
         stored = hub.remote_tensors(args.model, args.revision, args.hf_token)
         source = "headers of the weight files on the Hub"
-    if config.model.model_impl == "transformers":
-        return stored, source, problems
     from quire.loading.passes import DTYPES, build_model
-    from quire.loading.weights import check_names, wanted_tensors
+    from quire.loading.weights import Translates, check_names, wanted_tensors
 
     try:
         model = build_model(config, DTYPES[config.model.dtype])
-        if stored is not None:
+        if stored is not None and not isinstance(model, Translates):
             check_names(model, config.model.path, {t.name: t.shape for t in stored})
     except ClientError as error:
         return stored, source, [*problems, str(error)]

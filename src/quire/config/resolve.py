@@ -1,7 +1,7 @@
 """From arguments to configuration: every "auto" becomes concrete here, once, with its reason in the log.
 
 Owns: the rules (number types, lengths, budgets, depth, devices) and the checks that need the machine or the checkpoint.
-Knows nothing of torch, nor of which architectures have an implementation (the model registry answers that).
+Knows nothing of torch, nor of which architectures have an implementation (`models.choice` is asked).
 """
 
 from __future__ import annotations
@@ -9,12 +9,14 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any, cast
 
 from quire.config import hub
-from quire.config.arch import ModelArch, arch_from_hf, token_ids
+from quire.config.arch import ModelArch, token_ids
 from quire.config.args import EngineArgs
+from quire.config.pooling import pooling_of, sentence_settings
 from quire.config.schema import (
     CacheConfig,
     Config,
@@ -68,17 +70,19 @@ def resolve(args: EngineArgs, *, machine: Machine | None = None, usage: str = "l
         )
     path = source.parent if source.is_file() else source
     generation = hub.read_generation_config(path)
-    arch = arch_from_hf(raw)
+    arch, impl = _architecture(args, raw, path)
     # Chat models often name their end-of-turn token only in generation_config.json, base models only in config.json.
     eos = dict.fromkeys(arch.eos_token_ids + token_ids(generation.get("eos_token_id")))
-    max_model_len, arch = _lengths(args, replace(arch, eos_token_ids=tuple(eos)))
+    pooling = pooling_of(args, raw, arch.architecture, path)
+    stated = sentence_settings(path).get("max_seq_length") if pooling is not None else None
+    max_model_len, arch = _lengths(args, replace(arch, eos_token_ids=tuple(eos)), stated)
     parallel = _parallel(args, device, machine)
     dtype = _dtype(args.dtype, raw, device, machine)
     if device == "cuda" and args.kv_cache_dtype == "int8":
         text = "kv_cache_dtype='int8' has no kernels on a GPU: leave it out, or use device='cpu'"
         raise ClientError(text, "kv_cache_dtype", "int8")
     return Config(
-        model=_model(args, path, arch, dtype, max_model_len, generation),
+        model=replace(_model(args, path, arch, dtype, max_model_len, generation), model_impl=impl),
         cache=_cache(args, dtype, machine),
         scheduler=_scheduler(args, device, machine, max_model_len, parallel.world_size, usage),
         parallel=parallel,
@@ -94,7 +98,19 @@ def resolve(args: EngineArgs, *, machine: Machine | None = None, usage: str = "l
             nvtx=args.nvtx,
         ),
         structured=_structured(args),
+        pooling=pooling,
     )
+
+
+# Models lie above the configuration: which of them have an implementation is asked for by name, when it is asked.
+CHOICE = "quire.models.choice"
+
+
+def _architecture(args: EngineArgs, raw: dict[str, Any], path: Path) -> tuple[ModelArch, str]:
+    """The architecture and whose code runs it, "quire" or "transformers"."""
+    arch, impl = import_module(CHOICE).choose(raw, path, args.model_impl, args.trust_remote_code)
+    log.debug("model_impl=%s for %s", impl, arch.architecture)
+    return arch, impl
 
 
 def _structured(args: EngineArgs) -> StructuredConfig:
@@ -178,9 +194,9 @@ def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     return out
 
 
-def _lengths(args: EngineArgs, arch: ModelArch) -> tuple[int, ModelArch]:
-    """max_model_len, and the windows that matter below it."""
-    longest = arch.max_supported_length
+def _lengths(args: EngineArgs, arch: ModelArch, stated: int | None = None) -> tuple[int, ModelArch]:
+    """max_model_len, and the windows that matter below it. `stated`: by sentence-transformers' file, if it is there."""
+    longest = arch.max_supported_length if stated is None else min(stated, arch.max_supported_length)
     windows = [w for w in arch.sliding_windows if w is not None]
     if args.disable_sliding_window and windows:
         longest = min(longest, *windows)
@@ -410,12 +426,6 @@ def _depth(args: EngineArgs, device: str) -> tuple[int, int, bool]:
 def _model(
     args: EngineArgs, path: Path, arch: ModelArch, dtype: str, max_model_len: int, generation: Mapping[str, Any]
 ) -> ModelConfig:
-    if args.model_impl == "transformers":
-        raise ClientError(
-            "model_impl='transformers' is not supported: running Transformers' own model code is not yet in quire",
-            parameter="model_impl",
-            value="transformers",
-        )
     if args.max_logprobs > arch.vocab_size:
         raise ClientError(
             f"max_logprobs={args.max_logprobs} is more than the vocabulary's {arch.vocab_size} tokens; -1 means all",
@@ -445,7 +455,6 @@ def _model(
         logprobs_mode=args.logprobs_mode,
         logits_processors=tuple(args.logits_processors or ()),
         enforce_eager=args.enforce_eager,
-        model_impl="quire",
         quantization=args.quantization,
         served_model_names=(names,) if isinstance(names, str) else tuple(names),
     )

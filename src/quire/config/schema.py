@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from quire.config.arch import ModelArch
+from quire.config.pooling import PoolingConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,7 +136,8 @@ class ObservabilityConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
-    """All of it. Passed down, never written: `dataclasses.replace` makes a changed copy."""
+    """All of it. Passed down, never written: `dataclasses.replace` makes a changed copy. `pooling`: None for a model
+    that generates."""
 
     model: ModelConfig
     cache: CacheConfig
@@ -145,3 +147,4 @@ class Config:
     device: DeviceConfig
     observability: ObservabilityConfig
     structured: StructuredConfig = field(default_factory=StructuredConfig)
+    pooling: PoolingConfig | None = None

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from threading import BoundedSemaphore
 from types import TracebackType
+from typing import Protocol, runtime_checkable
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -44,6 +45,17 @@ class _Want:
     filled: bool = False
 
 
+@runtime_checkable
+class Translates(Protocol):
+    """A model whose checkpoints may name, split or join tensors otherwise than its parameters."""
+
+    def rename(self, name: str) -> str | None:
+        """The parameter that the checkpoint's tensor is as it stands; None where it is not."""
+        ...
+
+    def translate(self, tensors: Iterator[tuple[str, Reader]]) -> Iterator[tuple[str, Reader]]: ...
+
+
 def load_weights(model: nn.Module, folder: Path, load_format: str, seed: int = 0) -> None:
     """Fills every slot of `model` (materialised) that is not mapped from the checkpoint in `folder`.
 
@@ -61,10 +73,13 @@ def load_weights(model: nn.Module, folder: Path, load_format: str, seed: int = 0
     else:
         files = checkpoint_files(folder, load_format)
         tensors = (pair for file in files for pair in _file_tensors(file))
+        if isinstance(model, Translates):
+            tensors = model.translate(tensors)
     prefix = getattr(model, "prefix", "")
     tied = {f"{path}.weight": module for path, module in model.named_modules() if _is_tied(module)}
     heads: dict[str, Tensor] = {}
     unexpected: list[str] = []
+    unused: tuple[str, ...] = getattr(model, "unused", ())  # beginnings of names that this model has no use for
     with _Copies(READERS) as copies:
         for name, read in tensors:
             known = known_name(name, prefix, wants)
@@ -72,7 +87,7 @@ def load_weights(model: nn.Module, folder: Path, load_format: str, seed: int = 0
                 _fill(name, read, wants[known], copies)
             elif name in tied:
                 heads[name] = read()
-            elif not HARMLESS.search(name):
+            elif not HARMLESS.search(name) and not name.startswith(unused):
                 unexpected.append(name)
     for name, tensor in heads.items():
         _settle_tied(name, tensor, tied[name], wants)
@@ -100,7 +115,7 @@ def check_names(model: nn.Module, folder: Path, stored: Mapping[str, tuple[int, 
             for path, module, own, slot in walk_slots(model):
                 if getattr(module, own) is tied[name].weight:
                     missing.pop(slot.parts[0].name(path), None)
-        elif not HARMLESS.search(name):
+        elif not HARMLESS.search(name) and not name.startswith(getattr(model, "unused", ())):
             unexpected.append(name)
     _complain(folder, list(missing), unexpected)
 

@@ -35,6 +35,14 @@ _BUILT_IN = {
     "Qwen3ForCausalLM": "qwen3:Qwen3ForCausalLM",
     "OPTForCausalLM": "opt:OPTForCausalLM",
     "GPT2LMHeadModel": "gpt2:GPT2LMHeadModel",
+    "FalconForCausalLM": "falcon:FalconForCausalLM",
+    "RWForCausalLM": "falcon:FalconForCausalLM",
+    "MptForCausalLM": "mpt:MptForCausalLM",
+    "MPTForCausalLM": "mpt:MptForCausalLM",
+    "Phi3ForCausalLM": "phi3:Phi3ForCausalLM",
+    "GemmaForCausalLM": "gemma:GemmaForCausalLM",
+    "Gemma2ForCausalLM": "gemma2:Gemma2ForCausalLM",
+    "Gemma3ForCausalLM": "gemma3:Gemma3ForCausalLM",
 }
 
 ModelRegistry.register_built_in({arch: f"quire.models.{target}" for arch, target in _BUILT_IN.items()})
