@@ -25,7 +25,7 @@ from quire.ops.native.bound import most_tokens
 from quire.ops.native.kernels import ANY
 from quire.ops.sampling import DRAW_STEP
 from quire.ops.triton.ahead import Compiler, make_ahead
-from quire.runner import memory
+from quire.runner import estimate, memory
 from quire.runner.compilers import GrammarCompilers
 from quire.runner.graphs import Graphs
 from quire.runner.kv_store import KVStore
@@ -65,6 +65,8 @@ class Worker:
         self.ops = Binder(self.device, dtype, config.device.ops)
         gpu = self.device.type == "cuda"
         before = torch.cuda.memory_allocated(self.device) if gpu else 0
+        if rank == 0:
+            estimate.announce(config)
         model = load_model(config, self.device, self.ops)
         self.kv_groups: tuple[KVGroup, ...] = kv_groups(arch, config.model.max_model_len)
         kv_dtype = KV_DTYPES[config.cache.kv_cache_dtype]
