@@ -1,7 +1,7 @@
 """From arguments to configuration: every "auto" becomes concrete here, once, with its reason in the log.
 
 Owns: the rules (number types, lengths, budgets, depth, devices) and the checks that need the machine or the checkpoint.
-Knows nothing of torch, nor of which architectures have an implementation (the model registry answers that).
+Knows nothing of torch, nor of which architectures have an implementation (`models.choice` is asked).
 """
 
 from __future__ import annotations
@@ -9,11 +9,12 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any, cast
 
 from quire.config import hub
-from quire.config.arch import ModelArch, arch_from_hf, token_ids
+from quire.config.arch import ModelArch, token_ids
 from quire.config.args import EngineArgs
 from quire.config.pooling import pooling_of, sentence_settings
 from quire.config.schema import (
@@ -27,6 +28,7 @@ from quire.config.schema import (
     SchedulerConfig,
     StructuredConfig,
 )
+from quire.plugins.models import ModelRegistry
 from quire.types.errors import ClientError
 from quire.utils.devices import Machine, probe
 from quire.utils.logging import get_logger, level_name
@@ -58,7 +60,7 @@ def resolve(args: EngineArgs, *, machine: Machine | None = None, usage: str = "l
             parameter="model",
             value=args.model,
         )
-    raw = _overridden(hub.read_config(source), args.hf_overrides)
+    raw = ModelRegistry.read_config(_overridden(hub.read_config(source), args.hf_overrides))
     if raw.get("quantization_config"):
         raise ClientError(
             f"the checkpoint {args.model!r} is quantized ({_quantization(raw)}), which is not yet in quire: "
@@ -68,7 +70,7 @@ def resolve(args: EngineArgs, *, machine: Machine | None = None, usage: str = "l
         )
     path = source.parent if source.is_file() else source
     generation = hub.read_generation_config(path)
-    arch = arch_from_hf(raw)
+    arch, impl = _architecture(args, raw, path)
     # Chat models often name their end-of-turn token only in generation_config.json, base models only in config.json.
     eos = dict.fromkeys(arch.eos_token_ids + token_ids(generation.get("eos_token_id")))
     pooling = pooling_of(args, raw, arch.architecture, path)
@@ -80,7 +82,7 @@ def resolve(args: EngineArgs, *, machine: Machine | None = None, usage: str = "l
         text = "kv_cache_dtype='int8' has no kernels on a GPU: leave it out, or use device='cpu'"
         raise ClientError(text, "kv_cache_dtype", "int8")
     return Config(
-        model=_model(args, path, arch, dtype, max_model_len, generation),
+        model=replace(_model(args, path, arch, dtype, max_model_len, generation), model_impl=impl),
         cache=_cache(args, dtype, machine),
         scheduler=_scheduler(args, device, machine, max_model_len, parallel.world_size, usage),
         parallel=parallel,
@@ -98,6 +100,17 @@ def resolve(args: EngineArgs, *, machine: Machine | None = None, usage: str = "l
         structured=_structured(args),
         pooling=pooling,
     )
+
+
+# Models lie above the configuration: which of them have an implementation is asked for by name, when it is asked.
+CHOICE = "quire.models.choice"
+
+
+def _architecture(args: EngineArgs, raw: dict[str, Any], path: Path) -> tuple[ModelArch, str]:
+    """The architecture and whose code runs it, "quire" or "transformers"."""
+    arch, impl = import_module(CHOICE).choose(raw, path, args.model_impl, args.trust_remote_code)
+    log.debug("model_impl=%s for %s", impl, arch.architecture)
+    return arch, impl
 
 
 def _structured(args: EngineArgs) -> StructuredConfig:
@@ -380,12 +393,6 @@ def _depth(args: EngineArgs, device: str) -> tuple[int, int, bool]:
 def _model(
     args: EngineArgs, path: Path, arch: ModelArch, dtype: str, max_model_len: int, generation: Mapping[str, Any]
 ) -> ModelConfig:
-    if args.model_impl == "transformers":
-        raise ClientError(
-            "model_impl='transformers' is not supported: running Transformers' own model code is not yet in quire",
-            parameter="model_impl",
-            value="transformers",
-        )
     if args.max_logprobs > arch.vocab_size:
         raise ClientError(
             f"max_logprobs={args.max_logprobs} is more than the vocabulary's {arch.vocab_size} tokens; -1 means all",
@@ -412,7 +419,6 @@ def _model(
         logprobs_mode=args.logprobs_mode,
         logits_processors=tuple(args.logits_processors or ()),
         enforce_eager=args.enforce_eager,
-        model_impl="quire",
         quantization=args.quantization,
         served_model_names=(names,) if isinstance(names, str) else tuple(names),
     )

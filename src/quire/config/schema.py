@@ -22,6 +22,7 @@ class ModelConfig:
 
     `path`: the checkpoint's folder. `tokenizer`: the folder or Hub id of the tokenizer. `dtype`: "float32",
     "bfloat16" or "float16". `generation_config`: the checkpoint's sampling defaults under `SamplingParams`' names.
+    `registered`: implementations, as "module:Class" by architecture, that another process's program registered.
     """
 
     model: str
@@ -45,6 +46,7 @@ class ModelConfig:
     model_impl: str = "auto"
     quantization: str | None = None
     served_model_names: tuple[str, ...] = ()
+    registered: Mapping[str, str] = field(default_factory=dict[str, str])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

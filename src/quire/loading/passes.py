@@ -17,6 +17,7 @@ from quire.layers.linear import Matrix
 from quire.loading.mapped import map_parameters
 from quire.loading.pooling import load_dense
 from quire.loading.weights import load_weights
+from quire.models.choice import TRANSFORMERS, backend_class
 from quire.models.pooling import PoolingModel
 from quire.models.registry import ModelRegistry
 from quire.ops.dispatch import Binder
@@ -92,6 +93,13 @@ class Binds(Protocol):
     def bind(self, ops: Binder) -> None: ...
 
 
+@runtime_checkable
+class Proves(Protocol):
+    """A model whose code is not quire's: what it does is tried before it runs."""
+
+    def prove(self, config: Config, device: torch.device, dtype: torch.dtype, ops: Binder) -> None: ...
+
+
 class Quantize:
     """Marks the layers that the scheme changes; `Finish` changes them, when their weights are there."""
 
@@ -141,14 +149,22 @@ def load_model(config: Config, device: torch.device, ops: Binder | None = None) 
             f"dtype {config.model.dtype!r} is not known; there are {', '.join(DTYPES)}", "dtype", config.model.dtype
         )
     context = LoadContext(config, device, dtype, ops or Binder(device, dtype))
-    arch, pooling = config.model.arch, config.pooling
-    with torch.device("meta"):
-        if pooling is not None:
-            model: nn.Module = PoolingModel(arch, pooling)
-        else:
-            model = ModelRegistry.resolve([arch.architecture])(arch)
+    model = _build(config, dtype)
     for _, change in passes(config.model.quantization):
         change(model, context)
-    if isinstance(model, PoolingModel) and pooling is not None:
-        model.dense = load_dense(pooling.dense, config.load.load_format, device)
+    if isinstance(model, PoolingModel) and config.pooling is not None:
+        model.dense = load_dense(config.pooling.dense, config.load.load_format, device)
+    if isinstance(model, Proves):
+        model.prove(config, device, dtype, context.ops)
     return model.eval()
+
+
+def _build(config: Config, dtype: torch.dtype) -> nn.Module:
+    """The module tree, parameters on the meta device."""
+    if config.model.model_impl == TRANSFORMERS:
+        return backend_class()(config, dtype)
+    arch = config.model.arch
+    with torch.device("meta"):
+        if config.pooling is not None:
+            return PoolingModel(arch, config.pooling)
+        return ModelRegistry.resolve([arch.architecture], config.model.registered)(arch)

@@ -13,6 +13,7 @@ import zlib
 from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -40,6 +41,17 @@ class _Want:
     filled: bool = False
 
 
+@runtime_checkable
+class Translates(Protocol):
+    """A model whose checkpoints may name, split or join tensors otherwise than its parameters."""
+
+    def rename(self, name: str) -> str | None:
+        """The parameter that the checkpoint's tensor is as it stands; None where it is not."""
+        ...
+
+    def translate(self, tensors: Iterator[tuple[str, Reader]]) -> Iterator[tuple[str, Reader]]: ...
+
+
 def load_weights(model: nn.Module, folder: Path, load_format: str, seed: int = 0) -> None:
     """Fills every slot of `model` (materialised) that is not mapped from the checkpoint in `folder`.
 
@@ -57,6 +69,8 @@ def load_weights(model: nn.Module, folder: Path, load_format: str, seed: int = 0
     else:
         files = checkpoint_files(folder, load_format)
         tensors = (pair for file in files for pair in _file_tensors(file))
+        if isinstance(model, Translates):
+            tensors = model.translate(tensors)
     prefix = getattr(model, "prefix", "")
     tied = {f"{path}.weight": module for path, module in model.named_modules() if _is_tied(module)}
     heads: dict[str, Tensor] = {}

@@ -104,7 +104,7 @@ def device_memory(
     model: nn.Module, config: Config, groups: tuple[KVGroup, ...], dtype: torch.dtype, device: torch.device, before: int
 ) -> Device:
     """Measured on a GPU that holds the model; `before`: bytes that torch had allocated there before it was loaded. Runs
-    the largest step once, which compiles its kernels too."""
+    the largest step once; whether its kernels are launched makes no difference."""
     weights = torch.cuda.memory_allocated(device) - before
     torch.cuda.reset_peak_memory_stats(device)
     tokens, rows = config.scheduler.max_num_batched_tokens, config.scheduler.max_num_seqs
@@ -137,7 +137,8 @@ def device_memory(
     free, total = torch.cuda.mem_get_info(device)
     # Logits of graphs live apart: those of each size of decode step, and one buffer for all others.
     graphs = (sum(decode_sizes(min(tokens, rows))) + rows) * arch.vocab_size * DTYPES[config.model.dtype].itemsize
-    return Device(total, free, weights, peak + (graphs if isinstance(model, CausalLM) else 0))
+    counts = rows * arch.vocab_size * torch.int32.itemsize  # of tokens, where every row has penalties
+    return Device(total, free, weights, peak + (graphs + counts if isinstance(model, CausalLM) else 0))
 
 
 def _free_host_memory() -> int:

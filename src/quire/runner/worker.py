@@ -23,7 +23,8 @@ from quire.ops.cache import COPY_PAGES
 from quire.ops.dispatch import Binder
 from quire.ops.native.bound import most_tokens
 from quire.ops.native.kernels import ANY
-from quire.ops.sampling import DRAW_STEP, SAMPLE
+from quire.ops.sampling import DRAW_STEP
+from quire.ops.triton.ahead import Compiler, make_ahead
 from quire.runner import memory
 from quire.runner.compilers import GrammarCompilers
 from quire.runner.graphs import Graphs
@@ -33,7 +34,7 @@ from quire.runner.model_runner import ModelRunner, Pending
 from quire.runner.pooler import Pooler
 from quire.runner.pooling_runner import PendingPooled, PoolingRunner
 from quire.runner.replay import make_replay
-from quire.runner.sampler import Sampler
+from quire.runner.sampler import Sampler, SamplingOps
 from quire.runner.table import Makes, RequestTable, State
 from quire.types.errors import ClientError
 from quire.types.kv import KVGroup
@@ -67,7 +68,9 @@ class Worker:
         model = load_model(config, self.device, self.ops)
         self.kv_groups: tuple[KVGroup, ...] = kv_groups(arch, config.model.max_model_len)
         kv_dtype = KV_DTYPES[config.cache.kv_cache_dtype]
-        there = memory.device_memory(model, config, self.kv_groups, kv_dtype, self.device, before) if gpu else None
+        ahead = make_ahead(self.ops, kv_dtype, self.device)
+        with ahead:
+            there = memory.device_memory(model, config, self.kv_groups, kv_dtype, self.device, before) if gpu else None
         self.num_blocks = memory.num_blocks(config, self.kv_groups, kv_dtype, there, mapped_bytes(model))
         self.num_host_blocks = memory.num_host_blocks(config, self.kv_groups, kv_dtype)
         try:
@@ -84,11 +87,12 @@ class Worker:
         if isinstance(model, PoolingModel):
             self._runner = self._pooling(config, model, store)
         else:
-            self._runner = self._sampling(config, cast(CausalLM, model), store)
+            self._runner = self._sampling(config, cast(CausalLM, model), store, ahead)
+        ahead.close()
         if not gpu:
             _leave_the_cores_to_native_threads(model, self.ops)
 
-    def _sampling(self, config: Config, model: CausalLM, store: KVStore) -> ModelRunner:
+    def _sampling(self, config: Config, model: CausalLM, store: KVStore, ahead: Compiler) -> ModelRunner:
         arch, budget, depth = config.model.arch, config.scheduler.max_num_batched_tokens, config.scheduler.depth
         processors = load_processors(config.model.logits_processors, arch.vocab_size, self.device)
         sampler = Sampler(
@@ -97,7 +101,7 @@ class Worker:
             config.model.max_logprobs,
             processors,
             config.model.logprobs_mode,
-            self.ops.bind(SAMPLE),
+            SamplingOps.bound(self.ops),
             compilers=self._compilers,
         )
         table = self._table(config, sampler)
@@ -105,6 +109,7 @@ class Worker:
         draw_step = self.ops.bind(DRAW_STEP) if self.device.type == "cuda" else None
         runner = ModelRunner(model, store, table, sampler, replay, self.device, depth, draw_step)
         if isinstance(replay, Graphs):
+            ahead.foresee(replay.foresee)
             log.info("%d sizes of steps were captured as graphs in %.1f s", *replay.prepare())
         return runner
 
