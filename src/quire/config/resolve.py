@@ -402,7 +402,7 @@ def _scheduler(
         scheduling_policy=args.scheduling_policy,
         depth=depth,
         lead=lead,
-        target_step_ms=(12.0 if device == "cuda" and usage == "server" else 0.0)
+        target_step_ms=(20.0 if device == "cuda" and usage == "server" else 0.0)
         if args.target_step_ms is None
         else args.target_step_ms,
         async_scheduling=overlapped,

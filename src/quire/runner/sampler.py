@@ -103,6 +103,10 @@ class Sampled:
             self._event.synchronize()
         return ints(self._host[:, 0].numpy())
 
+    def done(self) -> bool:
+        """Whether the tokens are on the host."""
+        return self._event is None or self._event.query()
+
     def finish(self) -> Finished:
         if self._event is not None:
             self._event.synchronize()

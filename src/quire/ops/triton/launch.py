@@ -110,7 +110,12 @@ class Kernel:
             ahead.submit((self, key), lambda: None)
             return
         self._jit.device_caches[torch.cuda.current_device()]  # made here, once, and not by two threads
-        coming = ahead.submit((self, key), lambda: self._jit.warmup(*arguments, grid=(1, 1, 1), **options))
+
+        def compile() -> None:
+            compiled = self._jit.warmup(*arguments, grid=(1, 1, 1), **options)
+            assert compiled.run is not None  # its launcher is made, by a C compiler, and it is loaded
+
+        coming = ahead.submit((self, key), compile)
         if coming is not None:
             self._coming[key] = coming
 
@@ -129,6 +134,14 @@ class _Like:
 
 def _like(tensor: Tensor | None) -> _Like | None:
     return None if tensor is None else _Like(tensor)
+
+
+def open_compiler() -> None:
+    """What Triton finds out once, whatever it compiles."""
+    if _KNOWN:
+        driver: Any = triton.runtime.driver.active
+        triton.runtime.cache.triton_key()
+        triton.compiler.make_backend(driver.get_current_target()).hash()
 
 
 def ceil(size: int, block: int) -> int:
