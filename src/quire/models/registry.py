@@ -89,5 +89,8 @@ for _arch, _target in {
     "GemmaForCausalLM": "gemma:GemmaForCausalLM",
     "Gemma2ForCausalLM": "gemma2:Gemma2ForCausalLM",
     "Gemma3ForCausalLM": "gemma3:Gemma3ForCausalLM",
+    "MixtralForCausalLM": "mixtral:MixtralForCausalLM",
+    "Qwen2MoeForCausalLM": "qwen_moe:Qwen2MoeForCausalLM",
+    "Qwen3MoeForCausalLM": "qwen_moe:Qwen3MoeForCausalLM",
 }.items():
     ModelRegistry.register_model(_arch, f"quire.models.{_target}")
