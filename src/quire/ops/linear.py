@@ -62,6 +62,10 @@ class QuantizedWeight:
         """Inputs that share a scale."""
         return self.inputs // self.scale_NG.shape[1]
 
+    def rows(self, start: int, stop: int) -> QuantizedWeight:
+        """These outputs alone."""
+        return QuantizedWeight(self.q[start:stop], self.scale_NG[start:stop], self.bits, self.dynamic, self.inputs)
+
     def integers(self, rows: Tensor | None = None) -> Tensor:
         """q as int8 (N, D), or only these rows of it."""
         q = self.q if rows is None else self.q[rows]
