@@ -1,4 +1,4 @@
-// Norms, activations, gather, add, argmax. Included inside a level's namespace, after its vectors.
+// Norms, activations, gather, argmax. Included inside a level's namespace, after its vectors.
 
 // exp to 2 ulp: 2^n times a polynomial on [-ln2/2, ln2/2]. 0 for -inf, inf above 88.8, NaN for NaN.
 inline V exponential(V x) {
@@ -203,22 +203,6 @@ template <class T> void gather_rows(const qr_op& op, Context& c) {
 }
 void gather(const qr_op& op, Context& c) {
     with_type(type_a(op), [&](auto tag) { gather_rows<typename decltype(tag)::type>(op, c); });
-}
-
-template <class T> void add_rows(const qr_op& op, Context& c) {
-    int64_t size = op.i[1];
-    Pieces pieces(c.count(op.i[0]), most(1, 4096 / most(size, 1)), c.threads);
-    for (int64_t piece; (piece = c.take(pieces.count)) >= 0;)
-        for (int64_t t = pieces.begin(piece); t < pieces.end(piece); t++) {
-            auto* a = static_cast<const T*>(op.p[0]) + t * op.i[2];
-            auto* b = static_cast<const T*>(op.p[1]) + t * op.i[3];
-            auto* y = static_cast<T*>(op.p[2]) + t * op.i[4];
-            for (int64_t d = 0; d < size; d += W)
-                store(y + d, add(load(a + d, size - d), load(b + d, size - d)), size - d);
-        }
-}
-void add_op(const qr_op& op, Context& c) {
-    with_type(type_a(op), [&](auto tag) { add_rows<typename decltype(tag)::type>(op, c); });
 }
 
 struct Best { float value; int64_t index; };
