@@ -210,8 +210,7 @@ class Kernels:
         return out_THE
 
     def linear(self, x: Tensor, weight_NK: Tensor, bias_N: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:
-        many = weight_NK.dtype == torch.bfloat16 and x.shape[:-1].numel() > self.few
-        if many or weight_NK.stride(1) != 1 or x.numel() == 0:
+        if not self._serves_linear(x, weight_NK):
             return references.linear(x, weight_NK, bias_N, dtype)
         x_TK = _rows(x.flatten(0, -2))
         out_TN = self.empty((x_TK.shape[0], weight_NK.shape[0]), dtype or x.dtype)
@@ -219,7 +218,17 @@ class Kernels:
         return out_TN.view(*x.shape[:-1], weight_NK.shape[0])
 
     def gated_linear(self, x: Tensor, weight_NK: Tensor, bias_N: Tensor | None, kind: str) -> Tensor:
-        return self.gated_activation(self.linear(x, weight_NK, bias_N), kind)
+        """One operation, which rounds the activation's result alone."""
+        if not self._serves_linear(x, weight_NK):
+            return self.gated_activation(references.linear(x, weight_NK, bias_N), kind)
+        x_TK, outputs = _rows(x.flatten(0, -2)), weight_NK.shape[0] // 2
+        out_TN = self.empty((x_TK.shape[0], outputs), x.dtype)
+        self.pool.run(program.linear(x_TK, weight_NK, bias_N, out_TN, self.count(x_TK.shape[0]), kind, True))
+        return out_TN.view(*x.shape[:-1], outputs)
+
+    def _serves_linear(self, x: Tensor, weight_NK: Tensor) -> bool:
+        many = weight_NK.dtype == torch.bfloat16 and x.shape[:-1].numel() > self.few
+        return not many and weight_NK.stride(1) == 1 and x.numel() > 0
 
     def moe(
         self,
