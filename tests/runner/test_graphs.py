@@ -3,6 +3,7 @@ again; what a real one does to the device is for `benchmarks/gpu`."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 from unittest.mock import Mock
 
@@ -14,10 +15,16 @@ from quire.ops.sampling import DRAW_STEP
 from quire.runner.graphs import Graphs, decode_sizes, token_sizes
 from quire.runner.record import PlainRecorder
 
-PROMPTS = [[(7 * i + 3 * j) % 2000 + 10 for j in range(n)] for i, n in enumerate((1, 3, 90, 17, 33, 5))]
+PROMPTS = [[(7 * i + 3 * j) % 2000 + 10 for j in range(n)] for i, n in enumerate((1, 3, 90, 17, 33, 5, 9, 11, 2, 20))]
 
 
-def run(graphs: bool, captured: int = 200, prepare: bool = True, **options: Any) -> tuple[list[Any], set[Any], int]:
+def run(
+    graphs: bool,
+    captured: int = 200,
+    prepare: bool | Callable[[Graphs], None] = True,
+    recorder: Callable[[], PlainRecorder] | None = None,
+    **options: Any,
+) -> tuple[list[Any], set[Any], int]:
     """What is visible, the sizes that were captured, how many steps brought their pages along."""
     fixed: dict[str, Any] = {"dtype": "float32", "max_model_len": 160, "device": "cpu", "enforce_eager": True}
     with LLM("demo", skip_tokenizer_init=True, **fixed, **options) as llm:
@@ -35,7 +42,7 @@ def run(graphs: bool, captured: int = 200, prepare: bool = True, **options: Any)
                 200,
                 2,
                 captured,
-                PlainRecorder(),
+                (recorder or PlainRecorder)(),
             )
             plain = replay._places
 
@@ -46,11 +53,14 @@ def run(graphs: bool, captured: int = 200, prepare: bool = True, **options: Any)
 
             replay._places = places
             replay._run_ragged = Mock(wraps=replay._run_ragged)
-            if prepare:
+            if callable(prepare):
+                prepare(replay)
+            elif prepare:
                 replay.prepare()
             runner._replay = replay
             runner._draw_step = worker.ops.bind(DRAW_STEP)
         common: dict[str, Any] = {"max_tokens": 40, "ignore_eos": True, "detokenize": False}
+        few = {**common, "max_tokens": 19}
         params = [
             SamplingParams(temperature=0.0, **common),
             SamplingParams(temperature=0.9, seed=3, n=2, **{**common, "max_tokens": 30}),
@@ -58,12 +68,34 @@ def run(graphs: bool, captured: int = 200, prepare: bool = True, **options: Any)
             SamplingParams(temperature=1.0, top_k=9, seed=1, repetition_penalty=1.2, **common),
             SamplingParams(temperature=0.0, min_tokens=4, **{**common, "max_tokens": 7}),
             SamplingParams(temperature=0.0, **{**common, "max_tokens": 23}),
+            SamplingParams(temperature=0.8, min_p=0.02, seed=4, logprobs=3, **{**common, "max_tokens": 21}),
+            SamplingParams(
+                temperature=0.0,
+                logit_bias={40: 3.0, 99: -50.0},
+                frequency_penalty=0.4,
+                presence_penalty=-0.2,
+                **{**common, "max_tokens": 25},
+            ),
+            SamplingParams(
+                temperature=0.9, top_p=0.7, seed=8, allowed_token_ids=list(range(3, 900, 2)), logprobs=0, **few
+            ),
+            SamplingParams(temperature=0.7, seed=9, top_k=4, **few),
         ]
+        params[-1].bad_words_token_ids = [[i, j] for i in range(0, 2600, 7) for j in (16, 19, 223)] + [[33], [2, 1, 1]]
         outputs = llm.generate([{"prompt_token_ids": p} for p in PROMPTS], params, use_tqdm=False)
         preempted = llm.llm_engine.stat_logger.stats.preemptions
         assert options.get("num_gpu_blocks_override") is None or preempted > 0
         visible = [
-            [(list(c.token_ids), [sorted(line) for line in c.logprobs or ()]) for c in output.outputs]
+            [
+                (
+                    list(c.token_ids),
+                    [
+                        sorted((token, known.logprob > -1e30) for token, known in line.items())
+                        for line in c.logprobs or ()
+                    ],
+                )
+                for c in output.outputs
+            ]
             for output in outputs
         ]
         assert replay is None or replay._run_ragged.call_count >= 1
@@ -71,7 +103,11 @@ def run(graphs: bool, captured: int = 200, prepare: bool = True, **options: Any)
 
 
 @pytest.mark.parametrize("ops", [{"*": "reference"}, {}], ids=["reference", "native"])
-@pytest.mark.parametrize("options", [{}, {"num_gpu_blocks_override": 14}, {"depth": 2, "lead": 1}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"num_gpu_blocks_override": 14}, {"depth": 2, "lead": 1, "logprobs_mode": "processed_logprobs"}],
+    ids=str,
+)
 def test_replayed_steps_equal_eager_ones(options: dict[str, Any], ops: dict[str, str]) -> None:
     replayed, captured, carried = run(True, ops=ops, **options)
     eager, _, _ = run(False, ops=ops, **options)
@@ -86,6 +122,44 @@ def test_steps_beyond_the_largest_graph_use_the_same_buffers() -> None:
         replayed, captured, _ = run(True, captured=most)
         assert replayed == eager
         assert all(tokens <= most for kind, tokens, _ in captured if kind == "ragged")
+
+
+def test_all_sizes_can_be_prepared_while_there_is_nothing_to_do() -> None:
+    """One at a time; steps then find what they need, and give what they would have given."""
+    recorded: list[int] = []
+
+    class Counting(PlainRecorder):
+        def __call__(self, function: Any) -> Any:
+            captured, out = super().__call__(function)
+            recorded.append(out.shape[0])
+            return captured, out
+
+    def prepare(graphs: Graphs) -> None:
+        while graphs.prepare_next():
+            pass
+        recorded.append(0)
+
+    replayed, captured, _ = run(True, prepare=prepare, recorder=Counting)
+    assert replayed == run(False)[0]
+    sizes = {("decode", size, size) for size in decode_sizes(200)}
+    sizes |= {("ragged", tokens, rows) for tokens in token_sizes(200) for rows in (16, 64, 200) if rows <= tokens}
+    assert captured >= sizes
+    late = recorded[recorded.index(0) + 1 :]
+    assert 0 < len(recorded) - len(late) >= 3 * len(decode_sizes(200)), "with their draws"
+    assert len(late) <= 6, "draws that are not common"
+
+
+def test_a_size_that_cannot_be_prepared_is_left() -> None:
+    class Broken(PlainRecorder):
+        def __call__(self, function: Any) -> Any:
+            raise RuntimeError("no")
+
+    def prepare(graphs: Graphs) -> None:
+        graphs._record = Broken()
+        assert not graphs.prepare_next() and not graphs.prepare_next()
+        graphs._record = PlainRecorder()
+
+    assert run(True, prepare=prepare)[0] == run(False)[0]
 
 
 def test_sizes() -> None:

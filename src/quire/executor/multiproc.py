@@ -34,6 +34,7 @@ import torch
 
 from quire.config.schema import Config
 from quire.executor.base import Result
+from quire.models.registry import travelling
 from quire.parallel.groups import join
 from quire.parallel.launch import ERROR, Channel, Child, describe_exit, load
 from quire.types.errors import ClientError, EngineError
@@ -106,7 +107,7 @@ class MultiprocExecutor:
     """
 
     def __init__(self, config: Config, world: int | None = None, worker: str = WORKER) -> None:
-        self._ranks = ranks = _Ranks(config, world or config.parallel.world_size, worker)
+        self._ranks = ranks = _Ranks(travelling(config), world or config.parallel.world_size, worker)
         self._finalizer = weakref.finalize(self, ranks.shutdown)
         try:
             ready = ranks.ready.result()
@@ -120,6 +121,9 @@ class MultiprocExecutor:
     def submit(self, plan: Plan) -> Future[StepResult]:
         """Sends the plan to all workers. The future fails with `EngineError` where a worker fails or has failed."""
         return self._ranks.submit(plan)
+
+    def idle(self) -> bool:
+        return False
 
     def shutdown(self) -> None:
         """Ends the workers, in bounded time; what is pending fails. May be called again."""

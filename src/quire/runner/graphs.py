@@ -46,6 +46,7 @@ from quire.types.plan import Plan
 log = logging.getLogger(__name__)
 
 DECODES_AT_START = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+DECODES_FORESEEN = (1, 2, 16, 32, 64, 256)  # and the largest
 TOKENS_AT_START, ROWS_AT_START = (64, 128, 192, 256, 320, 384, 448, 512), 64
 MOST_TOKENS = 2048
 Ints = NDArray[np.int32]
@@ -133,6 +134,8 @@ class Graphs:
         self._place = np.zeros(table.padding_row + 1, np.int64)
         self._forwards: dict[tuple[str, int, int], tuple[Captured, Tensor]] = {}
         self._too_large = set[tuple[str, int, int]]()
+        ragged = [("ragged", tokens, rows) for rows in self._row_sizes for tokens in self._tokens if rows <= tokens]
+        self._rest = [*(("decode", size, size) for size in self._decodes), *ragged][::-1]
         self._logits: Tensor | None = None  # of steps that are not decodes, whatever their size
         packed_B2 = torch.zeros((rows, 2), dtype=torch.int32, device=device)
         self._out = Out.new(rows, device)._replace(packed_S2=packed_B2, last_X=table.last_R, length_X=table.length_R)
@@ -159,12 +162,40 @@ class Graphs:
             {_above(self._decodes, n) for n in DECODES_AT_START if n <= self._decodes[-1]}, reverse=True
         ):
             self._capture_decodes(size)
-            for kind in (Kind.GREEDY, Kind.NOISE):
-                self._capture_draw(size, kind)
+            self._capture_draws(size)
         rows = _above(self._row_sizes, min(ROWS_AT_START, self._row_sizes[-1]))
         for tokens in reversed([n for n in TOKENS_AT_START if n in self._tokens]):
             self._capture_ragged(tokens, rows)
         return len(self._forwards), time.monotonic() - begin
+
+    def prepare_next(self) -> bool:
+        """Captures one of the sizes that are not common either: small steps first, those with prompts last."""
+        while self._rest:
+            key = self._rest.pop()
+            if key in self._forwards:
+                continue
+            try:
+                if self._captured(key) and key[0] == "decode":
+                    self._capture_draws(key[1])
+                return True
+            except Exception:  # nobody has asked for it
+                log.exception("a graph of %d tokens cannot be captured", key[1])
+                self._rest.clear()
+        return False
+
+    @torch.inference_mode()
+    def foresee(self) -> None:
+        """Calls all kernels of steps and draws, those that `prepare` needs first at first: for `ops.triton.ahead`,
+        where none of them runs. Sizes in between have no kernels of their own."""
+        most = self._decodes[-1]
+        sizes = sorted({most, *(_above(self._decodes, n) for n in DECODES_FORESEEN if n <= most)})
+        logits = {size: self._forward_decodes(size) for size in reversed(sizes)}
+        for tokens in (*self._tokens[-1:], *self._tokens[:1]):
+            for rows in self._row_sizes:
+                self._forward_ragged(Layout(tokens, rows), None)
+        self._update_rows(self._inputs[:0].view(-1, 4), self._inputs[:0].view(-1, 2), self._rows)
+        for kind in Kind:
+            self._draw_from(logits[sizes[-1]], sizes[-1], self._first(sizes[-1]), kind)
 
     # -- steps in which every row decodes ----------------------------------------------------------------------------
 
@@ -246,19 +277,22 @@ class Graphs:
         self._draws[size, kind].replay()
         return self._first(count)
 
+    def _capture_draws(self, size: int) -> None:
+        """The common ones."""
+        for kind in (Kind.GREEDY, Kind.NOISE):
+            self._capture_draw(size, kind)
+
     @torch.inference_mode()
     def _capture_draw(self, size: int, kind: Kind) -> None:
         """Records a draw from the logits of a decode step of `size` rows, the one that ran last: to draw twice is to
         draw the same."""
-        state = self._table.sampling
-        logits_BV = self._forwards["decode", size, size][1]
+        logits_BV, out = self._forwards["decode", size, size][1], self._first(size)
+        self._draws[size, kind] = self._record(lambda: self._draw_from(logits_BV, size, out, kind))[0]
 
-        def draw() -> Tensor:
-            buffers, out = self._decode_out.first(size), self._first(size)
-            self._draw_step(logits_BV, buffers.rows_B, buffers.lengths_B, state.reals_RC, state.wholes_RC, out, kind)
-            return out.tokens_S
-
-        self._draws[size, kind] = self._record(draw)[0]
+    def _draw_from(self, logits_BV: Tensor, size: int, out: Out, kind: Kind) -> Tensor:
+        state, buffers = self._table.sampling, self._decode_out.first(size)
+        self._draw_step(logits_BV, buffers.rows_B, buffers.lengths_B, state.reals_RC, state.wholes_RC, out, kind)
+        return out.tokens_S
 
     def _first(self, count: int) -> Out:
         out = self._out

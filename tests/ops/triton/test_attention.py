@@ -122,11 +122,20 @@ def test_rules(device: torch.device, rows: list[tuple[int, int]], rule: dict[str
         {"heads": 6, "kv_heads": 2, "size": 64, "block": 24},
         {"heads": 20, "kv_heads": 1, "size": 16, "block": 1},
         {"heads": 2, "kv_heads": 2, "size": 256},
+        {"heads": 71, "kv_heads": 1, "size": 64, "dtype": torch.bfloat16},
     ],
     ids=str,
 )
 def test_shapes(device: torch.device, rows: list[tuple[int, int]], shape: dict[str, int]) -> None:
     World(rows, **shape).check(device)
+
+
+@pytest.mark.parametrize("rows", [DECODES, MIXED], ids=["decodes", "mixed"])
+@pytest.mark.parametrize("kv_heads", [1, 4])
+def test_a_cap_a_window_and_wide_heads(device: torch.device, rows: list[tuple[int, int]], kv_heads: int) -> None:
+    """Gemma 2's."""
+    shape: dict[str, Any] = {"heads": 8, "kv_heads": kv_heads, "size": 256, "dtype": torch.bfloat16}
+    World(rows, **shape, window=50).check(device, softcap=5.0)
 
 
 @pytest.mark.parametrize("kv_dtype", [torch.bfloat16, torch.float16, torch.float32])
