@@ -264,9 +264,10 @@ class Step:
         if self.hopper is not None:
             from quire.ops.triton.attention_hopper import hopper_attention, pages_of
 
-            hopper_attention[self.tile_grid](
-                pages_of(kv, kv.shape[2]), q_THE, table_RP, out_THE, *self.tile_work[:2], table_RP.stride(0),
-                kv.shape[1] * kv.shape[2], *self.hopper, num_warps=self.tile_shape.warps,
+            hopper_attention(
+                self.tile_grid, (q_THE, table_RP, out_THE, *self.tile_work[:2]),
+                (table_RP.stride(0), kv.shape[1] * kv.shape[2]), self.hopper, self.tile_shape.warps,
+                tiles=(pages_of(kv, kv.shape[2]),),
             )  # fmt: skip
         elif self.tiles is not None:
             shape = self.tile_shape

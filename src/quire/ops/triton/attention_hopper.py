@@ -23,8 +23,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from quire.ops.triton.attention_work import ITEM
+from quire.ops.triton.launch import Kernel
 
 _ITEM = gl.constexpr(ITEM)
 _LAYOUT = gl.NVMMASharedLayout(128, 16, 2)
@@ -177,14 +179,15 @@ def _compute(
         gl.store(out_ptr + out_at[:, None] + e[None, :], gl.where(seen[:, None], out, 0.0), mask=there)
 
 
-@gluon.jit(do_not_specialize=["TABLE", "ROWS"])
-def hopper_attention(
+def _hopper_attention(
     pages, q_ptr, table_ptr, out_ptr, items_ptr, head_ptr, TABLE, ROWS,
     q_token: gl.constexpr, q_head: gl.constexpr, scale: gl.constexpr, H: gl.constexpr, K: gl.constexpr,
-    E: gl.constexpr, B: gl.constexpr, N: gl.constexpr, S: gl.constexpr,
+    E: gl.constexpr, B: gl.constexpr, N: gl.constexpr, S: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
-    """Each program takes items in turns, KV head by KV head. ROWS: tokens that there is room for in the pages. Not
-    launched dependently: it calls neither `wait` nor `release`."""
+    """Each program takes items in turns, KV head by KV head. ROWS: tokens that there is room for in the pages."""
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
     layout: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     kind: gl.constexpr = pages.dtype
     q_smem = gl.allocate_shared_memory(kind, [2, 64, E], layout)
@@ -219,3 +222,6 @@ def hopper_attention(
         [4, 1],
         [240, 24],
     )  # fmt: skip
+
+
+hopper_attention = Kernel(_hopper_attention, jit=gluon.jit)
