@@ -162,6 +162,14 @@ def test_prompts_of_common_heads(device: torch.device, size: int, window: int | 
     World(rows, size=size, window=window, dtype=torch.bfloat16).check(device)
 
 
+@pytest.mark.parametrize("heads", [2, 4, 32])
+@pytest.mark.parametrize(("dtype", "block"), [(torch.bfloat16, 32), (torch.float16, 16)])
+def test_prompts_of_the_commonest_heads(device: torch.device, dtype: torch.dtype, block: int, heads: int) -> None:
+    """What a kernel for one kind of GPU serves."""
+    rows = [(300, 200), (0, 20), (1, 1), (129, 128), (128, 128)]
+    World(rows, heads=heads, size=128, dtype=dtype, block=block).check(device)
+
+
 def test_long_rows_are_cut_and_put_together(device: torch.device) -> None:
     World([(5000, 1), (4999, 3)], heads=2, kv_heads=1).check(device)
 
@@ -290,3 +298,27 @@ def test_who_is_packed(device: torch.device) -> None:
     assert step.packs is not None
     counts = step.packs[1].tolist()
     assert counts == [4, 0, 0, 0, 4, 0, 0, 0, 0] and step.packs[0].tolist() == [10] * 8 + [0]
+
+
+@pytest.mark.parametrize("captured", [False, True])
+@pytest.mark.parametrize("window", [None, 300, 1000])
+@pytest.mark.parametrize(
+    "rows", [[(1500, 20)], [(1500, 14), (20, 1), (0, 1), (700, 6)], [(900, 9), (600, 2), (1400, 6), (64, 1)]]
+)
+def test_few_tokens_behind_many(
+    device: torch.device, rows: list[tuple[int, int]], window: int | None, captured: bool
+) -> None:
+    """Tiles of queries that are cut over their keys."""
+    world = World(rows, heads=4, kv_heads=1, window=window)
+    world.check(device, captured)
+    world.check(device, captured, softcap=3.0, slopes_H=torch.tensor([0.5, 0.25, 0.1, 0.05]))
+
+
+@pytest.mark.parametrize("invariant", [False, True])
+def test_which_tiles_are_cut(device: torch.device, invariant: bool) -> None:
+    from quire.ops.triton import attention as module
+
+    world = World([(1500, 20)], heads=4, kv_heads=1)
+    q, kv, table_RP = (x.to(device) for x in (world.q, world.kv, world.group.block_tables_RP))
+    step = module.Step(q, kv, world.meta(device), 0.3, None, None, False, invariant, table_RP)
+    assert (step.tile_work[1].item() > 3) != invariant
