@@ -12,7 +12,7 @@
 #define QUIRE_H
 #include <stdint.h>
 
-#define QR_ABI 3
+#define QR_ABI 4
 #define QR_POINTERS 12
 #define QR_INTS 16
 #define QR_FLOATS 4
@@ -41,6 +41,7 @@ enum { QR_F32 = 0, QR_BF16 = 1, QR_F16 = 2, QR_I8 = 3 };
 #define QR_KIND(k) ((k) << 12)
 #define QR_GATED (1 << 16) /* first half of the outputs is the gate */
 #define QR_SOLO (1 << 17)  /* too small to wake other threads for; only looked at where the op runs alone */
+#define QR_WIDE (1 << 18)  /* weights of an RMSNorm are float32, and the norm is not rounded before it meets them */
 
 /* Activation kinds. QR_NONE is the identity. */
 enum {
@@ -57,8 +58,8 @@ enum {
      * i: 0 M#, 1 N, 2 K, 3 stride x, 4 stride w, 5 stride y, 6 stride add */
     QR_LINEAR = 1,
 
-    /* total = x + residual; y = total * rsqrt(mean(total^2) + eps) * weight. A: all. Each of the T tokens has `heads`
-     * rows of D numbers side by side with stride `head stride`.
+    /* total = x + residual; y = total * rsqrt(mean(total^2) + eps) * weight, the norm rounded before it meets the weight.
+     * A: all (but see QR_WIDE). Each of the T tokens has `heads` rows of D numbers side by side with stride `head stride`.
      * p: 0 x, 1 residual or null, 2 weight or null, 3 y, 4 total (or null where there is no residual; may be residual),
      *    5 bias or null (LayerNorm)
      * i: 0 T#, 1 D, 2 stride x, 3 stride residual, 4 stride y, 5 stride total, 6 heads (0: 1), 7 head stride of x,
@@ -67,20 +68,21 @@ enum {
     QR_RMS_NORM = 2,
     QR_LAYER_NORM = 3,
 
-    /* y = kind(x), with QR_GATED y = kind(x[:, :D]) * x[:, D:2D]. A: x, y.
-     * p: 0 x, 1 y;  i: 0 T#, 1 D, 2 stride x, 3 stride y */
+    /* y = kind(x), with QR_GATED y = kind(x[:, :D]) * x[:, D:2D]. A: x, y. With QR_TANH y = cap * tanh(x / cap).
+     * p: 0 x, 1 y;  i: 0 T#, 1 D, 2 stride x, 3 stride y;  f: 0 cap (0: 1) */
     QR_ACTIVATION = 4,
 
-    /* y[t] = table[ids[t] + offset] (ids int64; out of range: zeros). A: both. With B QR_I8 the table is int8, and
+    /* y[t] = table[ids[t] + offset] * scale (ids int64; out of range: zeros). A: both. With B QR_I8 the table is int8, and
      * row v of it stands for table[v] * scales[v].
      * p: 0 ids, 1 table, 2 y, 3 add or null (y += add[t]), 4 scales float32, where B is QR_I8;
-     * i: 0 T#, 1 D, 2 rows of the table, 3 stride table, 4 stride y, 5 offset, 6 stride add */
+     * i: 0 T#, 1 D, 2 rows of the table, 3 stride table, 4 stride y, 5 offset, 6 stride add
+     * f: 0 scale (0: 1) */
     QR_GATHER = 5,
 
     /* y = a + b. A: all.  p: 0 a, 1 b, 2 y;  i: 0 T#, 1 D, 2 stride a, 3 stride b, 4 stride y */
     QR_ADD = 6,
 
-    /* Head norm, rotary and KV write of T tokens, each part optional. A: all that has no other type.
+    /* Head norm, rotary and KV write of T tokens, each part optional. A: all that has no other type (and see QR_WIDE).
      * Order: RMSNorm of each head of q and k (weights p10, p11), rotation of the first 2F numbers of a head by half
      * style, then q to q_out, k to k_out, and k and v to the cache at slots[t] (not where it is negative). With B QR_I8
      * the cache is int8: E whole numbers, the largest magnitude being 127, filled up to fours, then a float32 by which

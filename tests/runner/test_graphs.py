@@ -14,7 +14,7 @@ from quire.ops.sampling import DRAW_STEP
 from quire.runner.graphs import Graphs, decode_sizes, token_sizes
 from quire.runner.record import PlainRecorder
 
-PROMPTS = [[(7 * i + 3 * j) % 2000 + 10 for j in range(n)] for i, n in enumerate((1, 3, 90, 17, 33, 5))]
+PROMPTS = [[(7 * i + 3 * j) % 2000 + 10 for j in range(n)] for i, n in enumerate((1, 3, 90, 17, 33, 5, 9, 11, 2, 20))]
 
 
 def run(graphs: bool, captured: int = 200, prepare: bool = True, **options: Any) -> tuple[list[Any], set[Any], int]:
@@ -51,6 +51,7 @@ def run(graphs: bool, captured: int = 200, prepare: bool = True, **options: Any)
             runner._replay = replay
             runner._draw_step = worker.ops.bind(DRAW_STEP)
         common: dict[str, Any] = {"max_tokens": 40, "ignore_eos": True, "detokenize": False}
+        few = {**common, "max_tokens": 19}
         params = [
             SamplingParams(temperature=0.0, **common),
             SamplingParams(temperature=0.9, seed=3, n=2, **{**common, "max_tokens": 30}),
@@ -58,12 +59,34 @@ def run(graphs: bool, captured: int = 200, prepare: bool = True, **options: Any)
             SamplingParams(temperature=1.0, top_k=9, seed=1, repetition_penalty=1.2, **common),
             SamplingParams(temperature=0.0, min_tokens=4, **{**common, "max_tokens": 7}),
             SamplingParams(temperature=0.0, **{**common, "max_tokens": 23}),
+            SamplingParams(temperature=0.8, min_p=0.02, seed=4, logprobs=3, **{**common, "max_tokens": 21}),
+            SamplingParams(
+                temperature=0.0,
+                logit_bias={40: 3.0, 99: -50.0},
+                frequency_penalty=0.4,
+                presence_penalty=-0.2,
+                **{**common, "max_tokens": 25},
+            ),
+            SamplingParams(
+                temperature=0.9, top_p=0.7, seed=8, allowed_token_ids=list(range(3, 900, 2)), logprobs=0, **few
+            ),
+            SamplingParams(temperature=0.7, seed=9, top_k=4, **few),
         ]
+        params[-1].bad_words_token_ids = [[i, j] for i in range(0, 2600, 7) for j in (16, 19, 223)] + [[33], [2, 1, 1]]
         outputs = llm.generate([{"prompt_token_ids": p} for p in PROMPTS], params, use_tqdm=False)
         preempted = llm.llm_engine.stat_logger.stats.preemptions
         assert options.get("num_gpu_blocks_override") is None or preempted > 0
         visible = [
-            [(list(c.token_ids), [sorted(line) for line in c.logprobs or ()]) for c in output.outputs]
+            [
+                (
+                    list(c.token_ids),
+                    [
+                        sorted((token, known.logprob > -1e30) for token, known in line.items())
+                        for line in c.logprobs or ()
+                    ],
+                )
+                for c in output.outputs
+            ]
             for output in outputs
         ]
         assert replay is None or replay._run_ragged.call_count >= 1
@@ -71,7 +94,11 @@ def run(graphs: bool, captured: int = 200, prepare: bool = True, **options: Any)
 
 
 @pytest.mark.parametrize("ops", [{"*": "reference"}, {}], ids=["reference", "native"])
-@pytest.mark.parametrize("options", [{}, {"num_gpu_blocks_override": 14}, {"depth": 2, "lead": 1}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"num_gpu_blocks_override": 14}, {"depth": 2, "lead": 1, "logprobs_mode": "processed_logprobs"}],
+    ids=str,
+)
 def test_replayed_steps_equal_eager_ones(options: dict[str, Any], ops: dict[str, str]) -> None:
     replayed, captured, carried = run(True, ops=ops, **options)
     eager, _, _ = run(False, ops=ops, **options)

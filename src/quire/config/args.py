@@ -119,7 +119,11 @@ class EngineArgs(_Checked):
     served_model_name: str | list[str] | None = arg(None, "Name or names under which the model is known to clients.", "Model")
     model_impl: str = arg("auto", "Whose code runs the model: quire's own class (`quire`, or `vllm` as an alias), or the model's own from Transformers; `auto` takes the first where there is one.", "Model", choices=("auto", "quire", "vllm", "transformers"))
     quantization: str | None = arg(None, "Round the weights when they are loaded: `int8` or `int4` (activations rounded to 8 bits as well), or either with `_weight_only`. Checkpoints that are quantized already are not yet read.", "Model", choices=("int8", "int8_weight_only", "int4", "int4_weight_only"))
-    runner: str = arg("auto", "What the model is for: generation.", "Model", choices=("auto", "generate"))
+    runner: str = arg("auto", "What the model is for: `generate` text, or `pooling`: embeddings, classes, scores. `auto` goes by the architecture and by sentence-transformers' files beside it.", "Model", choices=("auto", "generate", "pooling"))
+    convert: str = arg("auto", "What a model that pools gives: `embed` makes an embedder of one that generates, `classify` takes its head for classes (or tokens, with classifier_from_token in hf_overrides). `auto` is what the checkpoint is.", "Model", choices=("auto", "none", "embed", "classify"))
+    pooler_config: dict[str, Any] | None = arg(None, "How hidden states are pooled, instead of what the checkpoint says: `pooling_type` (LAST, CLS, MEAN, MAX), `use_activation`, `dimensions`, `task`, `logit_mean`, `logit_sigma`.", "Model")
+    override_pooler_config: dict[str, Any] | None = arg(None, "An older name of pooler_config.", "Model")
+    task: str = arg("auto", "An older way to say runner and convert.", "Model", choices=("auto", "generate", "embed", "embedding", "classify", "score", "reward"))
     enforce_eager: bool = arg(False, "Never use CUDA graphs.", "Model")
 
     load_format: str = arg("auto", "`auto` takes safetensors, else .bin files; `dummy` fills the model with random numbers, for benchmarks.", "Loading", choices=("auto", "safetensors", "pt", "dummy"))

@@ -88,15 +88,17 @@ def _fetch(model: str, revision: str | None, cache: str | None, token: str | boo
     # Its signature is an overload over types that it leaves unknown; a path is what it returns.
     download = cast(Callable[..., str], huggingface_hub.snapshot_download)  # pyright: ignore[reportUnknownMemberType]
 
-    def snapshot(*patterns: str) -> Path:
+    def snapshot(*patterns: str, ignored: str | None = "*/*") -> Path:
         # Checkpoints keep other formats (original/, onnx/) in subfolders; the model itself is at the top.
         where = {"revision": revision, "cache_dir": cache, "token": token}
-        return Path(download(model, **where, allow_patterns=list(patterns), ignore_patterns="*/*"))
+        return Path(download(model, **where, allow_patterns=list(patterns), ignore_patterns=ignored))
 
     try:
         folder = snapshot(*_SMALL_FILES, *(("*.safetensors",) if weights else ()))
         if weights and not any(folder.glob("*.safetensors")):
             folder = snapshot("*.bin")
+        if (folder / "modules.json").is_file():  # sentence-transformers': each module has a folder
+            snapshot("*_Pooling/*", "*_Dense/*", ignored=None)
         return _local_folder(folder, model)
     except errors.GatedRepoError as e:
         message, cause = "is gated: accept its terms on the Hub and pass hf_token=... or set HF_TOKEN", e

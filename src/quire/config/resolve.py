@@ -16,6 +16,7 @@ from typing import Any, cast
 from quire.config import hub
 from quire.config.arch import ModelArch, token_ids
 from quire.config.args import EngineArgs
+from quire.config.pooling import pooling_of, sentence_settings
 from quire.config.schema import (
     CacheConfig,
     Config,
@@ -27,6 +28,7 @@ from quire.config.schema import (
     SchedulerConfig,
     StructuredConfig,
 )
+from quire.plugins.models import ModelRegistry
 from quire.types.errors import ClientError
 from quire.utils.devices import Machine, probe
 from quire.utils.logging import get_logger, level_name
@@ -58,7 +60,7 @@ def resolve(args: EngineArgs, *, machine: Machine | None = None, usage: str = "l
             parameter="model",
             value=args.model,
         )
-    raw = _overridden(hub.read_config(source), args.hf_overrides)
+    raw = ModelRegistry.read_config(_overridden(hub.read_config(source), args.hf_overrides))
     if raw.get("quantization_config"):
         raise ClientError(
             f"the checkpoint {args.model!r} is quantized ({_quantization(raw)}), which is not yet in quire: "
@@ -71,7 +73,9 @@ def resolve(args: EngineArgs, *, machine: Machine | None = None, usage: str = "l
     arch, impl = _architecture(args, raw, path)
     # Chat models often name their end-of-turn token only in generation_config.json, base models only in config.json.
     eos = dict.fromkeys(arch.eos_token_ids + token_ids(generation.get("eos_token_id")))
-    max_model_len, arch = _lengths(args, replace(arch, eos_token_ids=tuple(eos)))
+    pooling = pooling_of(args, raw, arch.architecture, path)
+    stated = sentence_settings(path).get("max_seq_length") if pooling is not None else None
+    max_model_len, arch = _lengths(args, replace(arch, eos_token_ids=tuple(eos)), stated)
     parallel = _parallel(args, device, machine)
     dtype = _dtype(args.dtype, raw, device, machine)
     if device == "cuda" and args.kv_cache_dtype == "int8":
@@ -94,6 +98,7 @@ def resolve(args: EngineArgs, *, machine: Machine | None = None, usage: str = "l
             nvtx=args.nvtx,
         ),
         structured=_structured(args),
+        pooling=pooling,
     )
 
 
@@ -189,9 +194,9 @@ def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     return out
 
 
-def _lengths(args: EngineArgs, arch: ModelArch) -> tuple[int, ModelArch]:
-    """max_model_len, and the windows that matter below it."""
-    longest = arch.max_supported_length
+def _lengths(args: EngineArgs, arch: ModelArch, stated: int | None = None) -> tuple[int, ModelArch]:
+    """max_model_len, and the windows that matter below it. `stated`: by sentence-transformers' file, if it is there."""
+    longest = arch.max_supported_length if stated is None else min(stated, arch.max_supported_length)
     windows = [w for w in arch.sliding_windows if w is not None]
     if args.disable_sliding_window and windows:
         longest = min(longest, *windows)

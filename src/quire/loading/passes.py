@@ -15,8 +15,10 @@ from torch import nn
 from quire.config.schema import Config
 from quire.layers.linear import Matrix
 from quire.loading.mapped import map_parameters
+from quire.loading.pooling import load_dense
 from quire.loading.weights import load_weights
 from quire.models.choice import TRANSFORMERS, backend_class
+from quire.models.pooling import PoolingModel
 from quire.models.registry import ModelRegistry
 from quire.ops.dispatch import Binder
 from quire.quantization import SCHEMES, Scheme, mark_layers
@@ -150,6 +152,8 @@ def load_model(config: Config, device: torch.device, ops: Binder | None = None) 
     model = _build(config, dtype)
     for _, change in passes(config.model.quantization):
         change(model, context)
+    if isinstance(model, PoolingModel) and config.pooling is not None:
+        model.dense = load_dense(config.pooling.dense, config.load.load_format, device)
     if isinstance(model, Proves):
         model.prove(config, device, dtype, context.ops)
     return model.eval()
@@ -159,6 +163,8 @@ def _build(config: Config, dtype: torch.dtype) -> nn.Module:
     """The module tree, parameters on the meta device."""
     if config.model.model_impl == TRANSFORMERS:
         return backend_class()(config, dtype)
-    model_class = ModelRegistry.resolve([config.model.arch.architecture])
+    arch = config.model.arch
     with torch.device("meta"):
-        return model_class(config.model.arch)
+        if config.pooling is not None:
+            return PoolingModel(arch, config.pooling)
+        return ModelRegistry.resolve([arch.architecture], config.model.registered)(arch)

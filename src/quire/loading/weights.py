@@ -75,13 +75,14 @@ def load_weights(model: nn.Module, folder: Path, load_format: str, seed: int = 0
     tied = {f"{path}.weight": module for path, module in model.named_modules() if _is_tied(module)}
     heads: dict[str, Tensor] = {}
     unexpected: list[str] = []
+    unused: tuple[str, ...] = getattr(model, "unused", ())  # beginnings of names that this model has no use for
     for name, read in tensors:
         known = known_name(name, prefix, wants)
         if known is not None:
             _fill(name, read, wants[known])
         elif name in tied:
             heads[name] = read()
-        elif not HARMLESS.search(name):
+        elif not HARMLESS.search(name) and not name.startswith(unused):
             unexpected.append(name)
     for name, tensor in heads.items():
         _settle_tied(name, tensor, tied[name], wants)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from quire.config.arch import ModelArch, arch_from_hf, architecture_of
-from quire.models.registry import ModelRegistry
+from quire.models.registry import whole_of
 from quire.types.errors import ClientError
 
 QUIRE, TRANSFORMERS = "quire", "transformers"
@@ -25,7 +25,7 @@ def choose(raw: dict[str, Any], folder: Path, impl: str, trust_remote_code: bool
     """
     if impl == TRANSFORMERS:
         return _backend().describe(raw, folder, trust_remote_code), TRANSFORMERS
-    if impl != "auto" or "model_type" not in raw or architecture_of(raw) in ModelRegistry.get_supported_archs():
+    if impl != "auto" or "model_type" not in raw or whole_of(architecture_of(raw)) is not None:
         return arch_from_hf(raw), QUIRE
     try:
         return _backend().describe(raw, folder, trust_remote_code), TRANSFORMERS

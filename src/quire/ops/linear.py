@@ -29,9 +29,11 @@ def gated_linear(x_TD: Tensor, weight_ND: Tensor, bias_N: Tensor | None, kind: s
     return gated_activation(linear(x_TD, weight_ND, bias_N), kind)
 
 
-def embedding(ids_T: Tensor, table_VD: Tensor, offset: int, add_TD: Tensor | None = None) -> Tensor:
-    """(T, D): rows of the table at ids + offset, plus `add`."""
+def embedding(ids_T: Tensor, table_VD: Tensor, offset: int, add_TD: Tensor | None = None, scale: float = 1.0) -> Tensor:
+    """(T, D): rows of the table at ids + offset, times `scale`, plus `add`, each of them rounded."""
     rows_TD = F.embedding(ids_T + offset if offset else ids_T, table_VD)
+    if scale != 1.0:
+        rows_TD = rows_TD * scale
     return rows_TD if add_TD is None else rows_TD + add_TD
 
 
@@ -126,10 +128,17 @@ def quantized_linear(
 
 
 def quantized_embedding(
-    ids_T: Tensor, table: QuantizedWeight, offset: int, dtype: torch.dtype, add_TD: Tensor | None = None
+    ids_T: Tensor,
+    table: QuantizedWeight,
+    offset: int,
+    dtype: torch.dtype,
+    add_TD: Tensor | None = None,
+    scale: float = 1.0,
 ) -> Tensor:
-    """(T, D) in `dtype`: rows of the table at ids + offset, plus `add`."""
+    """(T, D) in `dtype`: rows of the table at ids + offset, times `scale`, plus `add`, each of them rounded."""
     rows_TD = table.dense(ids_T + offset).to(dtype)
+    if scale != 1.0:
+        rows_TD = rows_TD * scale
     return rows_TD if add_TD is None else rows_TD + add_TD
 
 

@@ -17,8 +17,9 @@ G rows of a group.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from enum import IntEnum
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -50,53 +51,94 @@ class Noise(NamedTuple):
 
 
 # --- changes to the logits, all in place -----------------------------------------------------------------------------
+# at (G,): the lines of the logits that are meant; None: all, in their order.
 
 
-def add_edits(logits_SV: Tensor, ids_SM: Tensor, values_SM: Tensor, until_SM: Tensor, drawn_S: Tensor) -> None:
+def _apply(logits_SV: Tensor, at_G: Tensor | None, change: Callable[[Tensor], Any]) -> None:
+    if at_G is None:
+        change(logits_SV)
+        return
+    logits_GV = logits_SV[at_G]
+    change(logits_GV)
+    logits_SV[at_G] = logits_GV
+
+
+def add_edits(
+    logits_SV: Tensor, ids_GM: Tensor, values_GM: Tensor, until_GM: Tensor, drawn_G: Tensor, at_G: Tensor | None = None
+) -> None:
     """Adds `values` at token `ids` (int64) while a row has drawn fewer than `until` tokens.
 
     Serves logit_bias (without end), single-token bad words (-inf, without end) and min_tokens (-inf on the end
     tokens). Unused entries are value 0 at id 0.
     """
-    live_SM = torch.where(drawn_S.unsqueeze(1) < until_SM, values_SM, 0.0)
-    logits_SV.scatter_add_(1, ids_SM, live_SM)
+    live_GM = torch.where(drawn_G.unsqueeze(1) < until_GM, values_GM, 0.0)
+    _apply(logits_SV, at_G, lambda logits_GV: logits_GV.scatter_add_(1, ids_GM, live_GM))
 
 
-def forbid_words(logits_SV: Tensor, words_SWL: Tensor, tail_SL: Tensor) -> None:
+def forbid_words(logits_SV: Tensor, words_GWL: Tensor, tail_GL: Tensor, at_G: Tensor | None = None) -> None:
     """Masks the token that would complete a word (bad_words of several tokens).
 
-    words: int64, each word back to front, -1 after its end; an unused word is -1 throughout. tail (S, L - 1): the
+    words: int64, each word back to front, -1 after its end; an unused word is -1 throughout. tail (G, L - 1): the
     row's output back to front, -2 before its begin.
     """
-    ahead_SWL = words_SWL[:, :, 1:]
-    match_SW = ((ahead_SWL < 0) | (ahead_SWL == tail_SL.unsqueeze(1))).all(-1) & (words_SWL[:, :, 0] >= 0)
-    logits_SV.scatter_add_(1, words_SWL[:, :, 0].clamp_min(0), torch.where(match_SW, NEG_INF, 0.0))
+    ahead_GWL = words_GWL[:, :, 1:]
+    match_GW = ((ahead_GWL < 0) | (ahead_GWL == tail_GL.unsqueeze(1))).all(-1) & (words_GWL[:, :, 0] >= 0)
+    tokens_GW, masked_GW = words_GWL[:, :, 0].clamp_min(0), torch.where(match_GW, NEG_INF, 0.0)
+    _apply(logits_SV, at_G, lambda logits_GV: logits_GV.scatter_add_(1, tokens_GW, masked_GW))
 
 
 def penalise(
-    logits_SV: Tensor, counts_SV: Tensor, repetition_S: Tensor, presence_S: Tensor, frequency_S: Tensor
+    logits_SV: Tensor,
+    counts_XV: Tensor,
+    repetition_G: Tensor,
+    presence_G: Tensor,
+    frequency_G: Tensor,
+    at_G: Tensor | None = None,
+    lines_G: Tensor | None = None,
 ) -> None:
     """Repetition penalty (CTRL, arXiv:1909.05858: positive logits divided, negative ones multiplied) on tokens of
     prompt or output; then frequency (for each occurrence) and presence (once) penalties on tokens of the output.
 
-    counts: int32, occurrences in the output, with the bit `IN_PROMPT` for tokens of the prompt.
+    counts: int32, occurrences in the output, with the bit `IN_PROMPT` for tokens of the prompt. lines (G,): those of
+    the counts; None: all, in their order.
     """
-    repetition_S1 = repetition_S.unsqueeze(1)
-    factor_SV = torch.where(logits_SV > 0, 1.0 / repetition_S1, repetition_S1)
-    logits_SV.mul_(torch.where(counts_SV != 0, factor_SV, 1.0))
-    drawn_SV = counts_SV & (IN_PROMPT - 1)
-    logits_SV.sub_(frequency_S.unsqueeze(1) * drawn_SV)
-    logits_SV.sub_(presence_S.unsqueeze(1) * (drawn_SV > 0))
+    counts_GV = counts_XV if lines_G is None else counts_XV.index_select(0, lines_G)
+
+    def change(logits_GV: Tensor) -> None:
+        repetition_G1 = repetition_G.unsqueeze(1)
+        factor_GV = torch.where(logits_GV > 0, 1.0 / repetition_G1, repetition_G1)
+        logits_GV.mul_(torch.where(counts_GV != 0, factor_GV, 1.0))
+        drawn_GV = counts_GV & (IN_PROMPT - 1)
+        logits_GV.sub_(frequency_G.unsqueeze(1) * drawn_GV)
+        logits_GV.sub_(presence_G.unsqueeze(1) * (drawn_GV > 0))
+
+    _apply(logits_SV, at_G, change)
+
+
+def mask(logits_SV: Tensor, words_XW: Tensor, at_G: Tensor | None = None, lines_G: Tensor | None = None) -> None:
+    """-inf for tokens that are not allowed: int32 masks with 32 tokens a word, the lowest bit first; no bit, not
+    allowed. lines as for `penalise`."""
+    words_GW = words_XW if lines_G is None else words_XW.index_select(0, lines_G)
+    masked_GV = ~allowed_bits(words_GW, logits_SV.shape[1])
+    _apply(logits_SV, at_G, lambda logits_GV: logits_GV.masked_fill_(masked_GV, NEG_INF))
 
 
 def allowed_bits(words_GW: Tensor, vocab_size: int) -> Tensor:
-    """(G, V) bool from int32 masks with 32 tokens a word, the lowest bit first; no bit, not allowed."""
+    """(G, V) bool from the masks of `mask`."""
     if words_GW.device.type == "cpu":  # NumPy does it ten times faster than the shifts
         bits = np.unpackbits(words_GW.numpy().view(np.uint8), axis=1, count=vocab_size, bitorder="little")
         return torch.from_numpy(bits.view(np.bool_))
     shifts = torch.arange(32, dtype=torch.int32, device=words_GW.device)
     bits_GV = ((words_GW.unsqueeze(-1) >> shifts) & 1).bool().flatten(1)[:, :vocab_size]
     return torch.nn.functional.pad(bits_GV, (0, vocab_size - bits_GV.shape[1]))
+
+
+ADD_EDITS = REGISTRY.op("add_edits", add_edits)
+FORBID_WORDS = REGISTRY.op("forbid_words", forbid_words)
+PENALISE = REGISTRY.op("penalise", penalise)
+MASK = REGISTRY.op("mask", mask)
+for _op in (ADD_EDITS, FORBID_WORDS, PENALISE, MASK):
+    triton.register(_op, f"changes:{_op.name}", "untyped")
 
 
 # --- drawing ---------------------------------------------------------------------------------------------------------
@@ -366,10 +408,13 @@ def top_logits(x_GV: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return x_GV.gather(1, ids_GK), ids_GK
 
 
-def token_logprobs(x_GV: Tensor, token_G: Tensor, top: int | Tensor, normalise: bool) -> tuple[Tensor, Tensor, Tensor]:
+def token_logprobs(
+    logits_SV: Tensor, token_G: Tensor, top: int | Tensor, normalise: bool, at_G: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """(ids (G, 1+k) int64, values (G, 1+k) float32, ranks (G,) int64) of each row's `token` and of its k = `top`
     likeliest tokens, or of the tokens `top` (G, k). Values are log-softmax where `normalise`, else the logits. The
-    rank is one more than the number of tokens with a larger value."""
+    rank is one more than the number of tokens with a larger value. Logits of any floating type, kept; at as above."""
+    x_GV = (logits_SV if at_G is None else logits_SV.index_select(0, at_G)).float()
     chosen_G1 = x_GV.gather(1, token_G.unsqueeze(1))
     if isinstance(top, int):
         values_GK, ids_GK = top_logits(x_GV, min(top, x_GV.shape[1]))
@@ -380,3 +425,7 @@ def token_logprobs(x_GV: Tensor, token_G: Tensor, top: int | Tensor, normalise: 
     if normalise:
         values = values - x_GV.logsumexp(-1, keepdim=True)
     return ids, values, ranks_G
+
+
+TOKEN_LOGPROBS = REGISTRY.op("token_logprobs", token_logprobs)
+triton.register(TOKEN_LOGPROBS, "logprobs:token_logprobs", "untyped")

@@ -46,6 +46,7 @@ from quire.types.plan import Plan
 log = logging.getLogger(__name__)
 
 DECODES_AT_START = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+DECODES_FORESEEN = (1, 2, 16, 32, 64, 256)  # and the largest
 TOKENS_AT_START, ROWS_AT_START = (64, 128, 192, 256, 320, 384, 448, 512), 64
 MOST_TOKENS = 2048
 Ints = NDArray[np.int32]
@@ -166,6 +167,20 @@ class Graphs:
             self._capture_ragged(tokens, rows)
         return len(self._forwards), time.monotonic() - begin
 
+    @torch.inference_mode()
+    def foresee(self) -> None:
+        """Calls all kernels of steps and draws, those that `prepare` needs first at first: for `ops.triton.ahead`,
+        where none of them runs. Sizes in between have no kernels of their own."""
+        most = self._decodes[-1]
+        sizes = sorted({most, *(_above(self._decodes, n) for n in DECODES_FORESEEN if n <= most)})
+        logits = {size: self._forward_decodes(size) for size in reversed(sizes)}
+        for tokens in (*self._tokens[-1:], *self._tokens[:1]):
+            for rows in self._row_sizes:
+                self._forward_ragged(Layout(tokens, rows), None)
+        self._update_rows(self._inputs[:0].view(-1, 4), self._inputs[:0].view(-1, 2), self._rows)
+        for kind in Kind:
+            self._draw_from(logits[sizes[-1]], sizes[-1], self._first(sizes[-1]), kind)
+
     # -- steps in which every row decodes ----------------------------------------------------------------------------
 
     def _run_decodes(self, plan: Plan) -> Replayed:
@@ -250,15 +265,13 @@ class Graphs:
     def _capture_draw(self, size: int, kind: Kind) -> None:
         """Records a draw from the logits of a decode step of `size` rows, the one that ran last: to draw twice is to
         draw the same."""
-        state = self._table.sampling
-        logits_BV = self._forwards["decode", size, size][1]
+        logits_BV, out = self._forwards["decode", size, size][1], self._first(size)
+        self._draws[size, kind] = self._record(lambda: self._draw_from(logits_BV, size, out, kind))[0]
 
-        def draw() -> Tensor:
-            buffers, out = self._decode_out.first(size), self._first(size)
-            self._draw_step(logits_BV, buffers.rows_B, buffers.lengths_B, state.reals_RC, state.wholes_RC, out, kind)
-            return out.tokens_S
-
-        self._draws[size, kind] = self._record(draw)[0]
+    def _draw_from(self, logits_BV: Tensor, size: int, out: Out, kind: Kind) -> Tensor:
+        state, buffers = self._table.sampling, self._decode_out.first(size)
+        self._draw_step(logits_BV, buffers.rows_B, buffers.lengths_B, state.reals_RC, state.wholes_RC, out, kind)
+        return out.tokens_S
 
     def _first(self, count: int) -> Out:
         out = self._out

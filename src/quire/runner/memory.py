@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from quire.config.schema import Config
 from quire.layers.step import AttentionMeta, GroupMeta, Step
@@ -100,10 +101,10 @@ def _smallest_fix(config: Config, device: Device | None, missing: int) -> str:
 
 
 def device_memory(
-    model: CausalLM, config: Config, groups: tuple[KVGroup, ...], dtype: torch.dtype, device: torch.device, before: int
+    model: nn.Module, config: Config, groups: tuple[KVGroup, ...], dtype: torch.dtype, device: torch.device, before: int
 ) -> Device:
     """Measured on a GPU that holds the model; `before`: bytes that torch had allocated there before it was loaded. Runs
-    the largest step once, which compiles its kernels too."""
+    the largest step once; whether its kernels are launched makes no difference."""
     weights = torch.cuda.memory_allocated(device) - before
     torch.cuda.reset_peak_memory_stats(device)
     tokens, rows = config.scheduler.max_num_batched_tokens, config.scheduler.max_num_seqs
@@ -123,16 +124,21 @@ def device_memory(
         )
         zeros = torch.zeros(tokens, dtype=torch.int64, device=device)
         hidden_TD = model(zeros, zeros, Step(zeros, meta, store.layers))
-        logits_RV = model.compute_logits(hidden_TD[:rows], None)
-        logits_RV.float()  # what a sampler changes is a copy
-        del hidden_TD, logits_RV, store
+        if isinstance(model, CausalLM):
+            logits_RV = model.compute_logits(hidden_TD[:rows], None)
+            logits_RV.float()  # what a sampler changes is a copy
+            del logits_RV
+        else:
+            hidden_TD.float()  # what is pooled
+        del hidden_TD, store
     torch.cuda.synchronize(device)
     peak = torch.cuda.max_memory_allocated(device) - before - weights
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(device)
     # Logits of graphs live apart: those of each size of decode step, and one buffer for all others.
     graphs = (sum(decode_sizes(min(tokens, rows))) + rows) * arch.vocab_size * DTYPES[config.model.dtype].itemsize
-    return Device(total, free, weights, peak + graphs)
+    counts = rows * arch.vocab_size * torch.int32.itemsize  # of tokens, where every row has penalties
+    return Device(total, free, weights, peak + (graphs + counts if isinstance(model, CausalLM) else 0))
 
 
 def _free_host_memory() -> int:

@@ -22,7 +22,7 @@ from quire.runner.replay import Replay, Replayed
 from quire.runner.sampler import Sampled, Sampler
 from quire.runner.table import RequestTable
 from quire.runner.upload import make_upload
-from quire.types.plan import Plan, PromptLogprobs, StepResult, ints
+from quire.types.plan import Ints, Plan, PromptLogprobs, StepResult, ints
 
 # Prompt logprobs need logits of every position: so many at a time, to bound their memory.
 LOGITS_AT_ONCE = 256
@@ -114,13 +114,8 @@ class ModelRunner:
     ) -> Sampled:
         """`greedy`, `replay`: see `Replayed`."""
         table, rows, state = self._table, plan.sample_rows, self._table.sampling
-        kind = state.kind(rows) if self._draw_step is not None else None
-        if kind is not None:
-            state.update()
-            out = self._draw_now(logits_SV, rows_S, lengths_S, kind) if replay is None else replay(kind)
-            sampled = self._sampler.drawn(out)
-            state.append(rows, sampled.tokens_S)
-            return sampled
+        if self._draw_step is not None:
+            return self._draw_there(rows, logits_SV, rows_S, lengths_S, replay)
         if greedy is not None and not state.needs[rows].any():
             sampled = self._sampler.greedy(*greedy)
         else:
@@ -130,11 +125,31 @@ class ModelRunner:
         table.draw(rows, rows_S, sampled.tokens_S, lengths_S)
         return sampled
 
+    def _draw_there(
+        self, rows: Ints, logits_SV: Tensor, rows_S: Tensor, lengths_S: Tensor, replay: Callable[[Kind], Out] | None
+    ) -> Sampled:
+        """By the parameters on the device, which keeps the tokens. A recorded draw is one from `logits_SV` alone."""
+        state = self._table.sampling
+
+        def draw(x_SV: Tensor, kind: Kind) -> Out:
+            if replay is not None and x_SV is logits_SV and not self._sampler.processed:
+                return replay(kind)
+            return self._draw_now(x_SV, rows_S, lengths_S, kind)
+
+        if state.drawn_only(rows):
+            state.update()
+            sampled = self._sampler.drawn(draw(logits_SV, state.kind(rows)))
+        else:
+            sampled = self._sampler(logits_SV, rows, lengths_S.long(), state, rows_S, draw)
+        state.append(rows, sampled.tokens_S)
+        state.grammars.advance(rows, sampled.tokens)
+        return sampled
+
     def _draw_now(self, logits_SV: Tensor, rows_S: Tensor, lengths_S: Tensor, kind: Kind) -> Out:
         assert self._draw_step is not None
         count, state, table = len(rows_S), self._table.sampling, self._table
         packed_S2 = torch.empty((count, 2), dtype=torch.int32, device=logits_SV.device)
-        out = Out.new(count, logits_SV.device)
+        out = Out.new(count, logits_SV.device, low=kind > Kind.NOISE and self._sampler.processed)
         out = out._replace(packed_S2=packed_S2, last_X=table.last_R, length_X=table.length_R)
         self._draw_step(logits_SV, rows_S, lengths_S, state.reals_RC, state.wholes_RC, out, kind)
         return out

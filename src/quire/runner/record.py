@@ -31,7 +31,8 @@ class CudaRecorder:
         with torch.cuda.stream(self._stream):  # kernels are compiled, libraries make their workspaces
             function()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+        # threads that compile kernels may ask the device what they like meanwhile
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
             out = function()
         return graph, out
 

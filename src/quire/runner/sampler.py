@@ -24,27 +24,45 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from quire.ops.dispatch import Binder
 from quire.ops.sampling import (
+    ADD_EDITS,
+    FORBID_WORDS,
+    MASK,
     NEG_INF,
+    PENALISE,
+    SAMPLE,
+    TOKEN_LOGPROBS,
+    Kind,
     Noise,
     Out,
-    add_edits,
-    allowed_bits,
     draw_greedy,
-    forbid_words,
-    penalise,
-    sample,
-    token_logprobs,
 )
 from quire.runner.grammars import Compilers
 from quire.runner.processors import LogitsProcessor, one_line
-from quire.runner.sampling_state import Needs, Real, SamplingState, Whole, to_device
+from quire.runner.sampling_state import LineTable, Needs, Real, SamplingState, Whole, to_device
 from quire.types.errors import ClientError
 from quire.types.plan import Ints, PromptLogprobs, TokenLogprobs, ints
 
 __all__ = ["LOGPROBS_MODES", "Finished", "Sampled", "Sampler", "SamplingState", "sample_greedy"]
 
+DrawFrom = Callable[[Tensor, Kind], Out]
 LOGPROBS_MODES = ("raw_logprobs", "processed_logprobs", "raw_logits", "processed_logits")
+
+
+class SamplingOps(NamedTuple):
+    """The implementations of the ops of these names."""
+
+    sample: Callable[..., tuple[Tensor, Tensor, Tensor]] = SAMPLE.reference
+    add_edits: Callable[..., None] = ADD_EDITS.reference
+    forbid_words: Callable[..., None] = FORBID_WORDS.reference
+    penalise: Callable[..., None] = PENALISE.reference
+    mask: Callable[..., None] = MASK.reference
+    token_logprobs: Callable[..., tuple[Tensor, Tensor, Tensor]] = TOKEN_LOGPROBS.reference
+
+    @staticmethod
+    def bound(ops: Binder) -> SamplingOps:
+        return SamplingOps(*map(ops.bind, (SAMPLE, ADD_EDITS, FORBID_WORDS, PENALISE, MASK, TOKEN_LOGPROBS)))
 
 
 class Finished(NamedTuple):
@@ -129,7 +147,7 @@ class Sampler:
         logprobs_mode: what logprobs are taken from, one of `LOGPROBS_MODES`. "raw": before any change to the logits;
             "processed": after temperature and truncation.
         compilers: where the grammars of constrained rows come from.
-        op: the implementation of the op `sample`.
+        ops: what it does with logits.
     """
 
     def __init__(
@@ -139,7 +157,7 @@ class Sampler:
         max_logprobs: int = 20,
         engine_processors: Sequence[LogitsProcessor] = (),
         logprobs_mode: str = "raw_logprobs",
-        op: Callable[..., tuple[Tensor, Tensor, Tensor]] = sample,
+        ops: SamplingOps = SamplingOps(),  # noqa: B008 (it is immutable)
         compilers: Compilers | None = None,
     ) -> None:
         if logprobs_mode not in LOGPROBS_MODES:
@@ -148,9 +166,14 @@ class Sampler:
         self.vocab_size, self.device, self.max_logprobs = vocab_size, torch.device(device), max_logprobs
         self.engine_processors = tuple(engine_processors)
         self._compilers = compilers
-        self._sample = op
+        self._ops = ops
         self._raw = logprobs_mode.startswith("raw")
         self._normalise = logprobs_mode.endswith("logprobs")
+
+    @property
+    def processed(self) -> bool:
+        """Whether logprobs are taken from what is drawn from, after temperature and truncation."""
+        return not self._raw
 
     def new_state(self, max_rows: int, max_len: int) -> SamplingState:
         """The state that goes with this sampler."""
@@ -163,64 +186,76 @@ class Sampler:
         positions_S: Tensor,
         state: SamplingState,
         rows_S: Tensor | None = None,
+        draw: DrawFrom | None = None,
     ) -> Sampled:
         """Draws the token at index `positions_S` (int64) of each of `rows`.
 
         logits_SV: float32, overwritten, or of a smaller type, kept. rows_S: `rows` as int64 on the device, where the
-        caller has them there.
+        caller has them there. draw: draws from logits by the parameters on the device, and keeps them, as the op
+        `draw_step` does; the op `sample` if None.
         """
         assert state.engine_processors.processors == self.engine_processors, "state made with other processors"
         needs_S = state.needs[rows]
         union = Needs(int(np.bitwise_or.reduce(needs_S, initial=0)))
-        if not union & ~Needs.HISTORY:
+        if draw is None and not union & ~Needs.HISTORY:
             tokens_S, top_S = sample_greedy(logits_SV)
             return self._sampled(tokens_S, top_S, [], [])
-        logits_SV = logits_SV.float()
         if rows_S is None:
             rows_S = to_device(rows.astype(np.int64), self.device)
-        reals_SP, wholes_SP = state.numbers(rows_S)
+        numbers = _Numbers(*state.numbers(rows_S), positions_S)
         wanted = _logprob_groups(rows, needs_S, state) if union & Needs.LOGPROBS else []
-        overwritten = bool(union & (Needs.CHANGES | Needs.NOISE))
-        kept = [self._select(logits_SV, at, overwritten) if self._raw else None for at, _ in wanted]
+        x_SV = logits_SV.float() if draw is None or union & Needs.CHANGES else logits_SV
+        overwritten = x_SV is logits_SV and bool(union & (Needs.CHANGES | (Needs.NOISE if draw is None else 0)))
+        raw = [self._raw_logits(logits_SV, at, overwritten) if self._raw else None for at, _ in wanted]
         failed: list[tuple[int, str]] = []
         if union & Needs.CHANGES:
-            failed = _Changes(logits_SV, rows, needs_S, state, positions_S, reals_SP, wholes_SP).apply(union)
-        if not union & Needs.NOISE:
-            tokens_S, top_S = sample_greedy(logits_SV)
-            low_S = None
-        else:
-            max_k = int(state.top_k[rows].max(initial=0)) if union & Needs.TOP_K else 0
-            greedy_S = wholes_SP[:, Whole.GREEDY] != 0
-            tokens_S, top_S, low_S = self._sample(
-                logits_SV,
-                reals_SP[:, Real.TEMPERATURE].float(),
-                reals_SP[:, Real.LOG_MIN_P].float(),
-                wholes_SP[:, Whole.TOP_K],
-                reals_SP[:, Real.TOP_P],
-                greedy_S,
-                Noise(wholes_SP[:, Whole.SEED], wholes_SP[:, Whole.SAMPLE], positions_S),
-                max_k,
-                bool(union & Needs.TOP_P),
-                _static(self.device),
+            failed = _Changes(x_SV, rows, needs_S, state, numbers, self._ops).apply(union)
+        out = self._draw(x_SV, rows, union, state, numbers) if draw is None else draw(x_SV, state.kind(rows))
+        lines: list[_Lines] = []
+        for (at, top), logits in zip(wanted, raw, strict=True):
+            index_G = to_device(np.array(at), self.device)
+            if logits is None:
+                heat_S = None if draw is None else numbers.reals_SC[:, Real.TEMPERATURE].float()
+                logits = self._processed(x_SV, heat_S, out.low_S, numbers, index_G), None
+            found = self._ops.token_logprobs(
+                logits[0], out.tokens_S[index_G], self._top(top, len(at)), self._normalise, logits[1]
             )
-            # that greedy rows keep their likeliest tokens only is how they are drawn, not what the user asked for
-            low_S = low_S.masked_fill(greedy_S, NEG_INF)
-        lines = []
-        for (at, top), raw_GV in zip(wanted, kept, strict=True):
-            index = to_device(np.array(at), self.device)
-            x_GV = self._processed(logits_SV, low_S, index) if raw_GV is None else raw_GV
-            lines.append(_Lines(at, *token_logprobs(x_GV, tokens_S[index], self._top(top, len(at)), self._normalise)))
-        return self._sampled(tokens_S, top_S, failed, lines)
+            lines.append(_Lines(at, *found))
+        if draw is not None:
+            return self.drawn(out, failed, lines)
+        return self._sampled(out.tokens_S, out.top_S, failed, lines)
+
+    def _draw(self, x_SV: Tensor, rows: Ints, union: Needs, state: SamplingState, numbers: _Numbers) -> Out:
+        """By the op `sample`; `x_SV` is then what was drawn from."""
+        if not union & Needs.NOISE:
+            return Out(*sample_greedy(x_SV))
+        reals_SC, wholes_SC = numbers.reals_SC, numbers.wholes_SC
+        found = self._ops.sample(
+            x_SV,
+            reals_SC[:, Real.TEMPERATURE].float(),
+            reals_SC[:, Real.LOG_MIN_P].float(),
+            wholes_SC[:, Whole.TOP_K],
+            reals_SC[:, Real.TOP_P],
+            wholes_SC[:, Whole.GREEDY] != 0,
+            Noise(wholes_SC[:, Whole.SEED], wholes_SC[:, Whole.SAMPLE], numbers.positions_S),
+            int(state.top_k[rows].max(initial=0)) if union & Needs.TOP_K else 0,
+            bool(union & Needs.TOP_P),
+            _static(self.device),
+        )
+        return Out(*found)
 
     def greedy(self, tokens_S: Tensor, top_S: Tensor) -> Sampled:
         """A draw that was made already, by an argmax (on the host)."""
         return self._sampled(tokens_S, top_S, [], [])
 
-    def drawn(self, out: Out) -> Sampled:
-        """A draw that the op `draw_step` made; starts the copy to the host."""
+    def drawn(
+        self, out: Out, failed: list[tuple[int, str]] | None = None, lines: list[_Lines] | None = None
+    ) -> Sampled:
+        """A draw that the op `draw_step` made, into buffers that the next one may write; starts the copy to the
+        host."""
         assert out.packed_S2 is not None
         packed_S2 = out.packed_S2.clone() if self.device.type == "cpu" else out.packed_S2
-        return self._to_host(out.tokens_S, packed_S2, [], [])
+        return self._to_host(out.tokens_S, packed_S2, failed or [], lines or [])
 
     def prompt_logprobs(self, logits_LV: Tensor, row: int, start: int, state: SamplingState) -> PromptLogprobs:
         """Logprobs of the prompt tokens at indices start .. start+L-1 of `row`; `logits_LV[i]` (float32) predicts token
@@ -229,7 +264,8 @@ class Sampler:
         assert params is not None and params.prompt_logprobs is not None
         tokens_L = state.history.line(row)[start : start + len(logits_LV)]
         top = self._top(params.prompt_logprobs, len(tokens_L))
-        ids, values, ranks = (t.cpu().numpy() for t in token_logprobs(logits_LV, tokens_L, top, self._normalise))
+        found = self._ops.token_logprobs(logits_LV, tokens_L, top, self._normalise)
+        ids, values, ranks = (t.cpu().numpy() for t in found)
         return PromptLogprobs(row, start, TokenLogprobs(ids.astype(np.int32), values, ranks.astype(np.int32)))
 
     def _top(self, top: int | tuple[int, ...], rows: int) -> int | Tensor:
@@ -237,14 +273,25 @@ class Sampler:
             return self.vocab_size if top < 0 else top
         return to_device(np.tile(np.array(top, dtype=np.int64), (rows, 1)), self.device)
 
-    def _select(self, logits_SV: Tensor, at: list[int], copy: bool) -> Tensor:
-        if len(at) == len(logits_SV):
-            return logits_SV.clone() if copy else logits_SV
-        return logits_SV[to_device(np.array(at), self.device)]
+    def _raw_logits(self, logits_SV: Tensor, at: list[int], overwritten: bool) -> tuple[Tensor, Tensor | None]:
+        """Logits that stay as they are, and which lines of them are those of `at`; None: all."""
+        index_G = None if len(at) == len(logits_SV) else to_device(np.array(at), self.device)
+        if not overwritten:
+            return logits_SV, index_G
+        return logits_SV.clone() if index_G is None else logits_SV[index_G], None
 
-    def _processed(self, logits_SV: Tensor, low_S: Tensor | None, index: Tensor) -> Tensor:
-        x_GV = logits_SV[index]
-        return x_GV if low_S is None else x_GV.masked_fill(x_GV < low_S[index].unsqueeze(1), NEG_INF)
+    def _processed(
+        self, x_SV: Tensor, heat_S: Tensor | None, low_S: Tensor | None, numbers: _Numbers, index_G: Tensor
+    ) -> Tensor:
+        """The lines after temperature and truncation. `heat`: by what they are still to be divided."""
+        x_GV = x_SV[index_G].float()
+        if heat_S is not None:
+            x_GV = x_GV / heat_S[index_G].unsqueeze(1)
+        if low_S is None:
+            return x_GV
+        # that greedy rows keep their likeliest tokens only is how they are drawn, not what the user asked for
+        low_G = low_S[index_G].masked_fill(numbers.wholes_SC[index_G, Whole.GREEDY] != 0, NEG_INF)
+        return x_GV.masked_fill(x_GV < low_G.unsqueeze(1), NEG_INF)
 
     def _sampled(self, tokens_S: Tensor, top_S: Tensor, failed: list[tuple[int, str]], lines: list[_Lines]) -> Sampled:
         """Starts the copies to the host."""
@@ -282,6 +329,26 @@ def _logprob_groups(
     return [(at, top) for top, at in groups.items()]
 
 
+class _Numbers(NamedTuple):
+    """Of the sampled rows: the lines of the tables, and the index of the token to draw."""
+
+    reals_SC: Tensor
+    wholes_SC: Tensor
+    positions_S: Tensor
+
+
+class _Group(NamedTuple):
+    """Rows that ask for a change. `at_G`: their lines in the logits; None: all, in order. `lines_G`: in the table that
+    holds what they ask for."""
+
+    rows: list[int]
+    at_G: Tensor | None
+    lines_G: Tensor
+
+    def of(self, values_S: Tensor) -> Tensor:
+        return values_S if self.at_G is None else values_S[self.at_G]
+
+
 @dataclass(frozen=True)
 class _Changes:
     """The changes to the logits that few rows ask for, each done on those rows alone."""
@@ -290,73 +357,66 @@ class _Changes:
     rows: Ints
     needs_S: NDArray[np.int32]
     state: SamplingState
-    positions_S: Tensor
-    reals_SP: Tensor
-    wholes_SP: Tensor
+    numbers: _Numbers
+    ops: SamplingOps
 
     def apply(self, union: Needs) -> list[tuple[int, str]]:
         """Applies what `union` names; returns the rows whose processors failed."""
         failed: list[tuple[int, str]] = []
-        steps: Iterable[tuple[Needs, Callable[[Tensor, list[int], Tensor], None]]] = (
+        steps: Iterable[tuple[Needs, Callable[[], None]]] = (
             (Needs.ALLOWED, self._allowed),
             (Needs.WORDS, self._words),
             (Needs.EDITS, self._edits),
         )
         for need, step in steps:
             if union & need:
-                self._on(need, step)
+                step()
         if union & Needs.PROCESSORS:
             failed = self._processors()
         if union & Needs.GRAMMAR:
             failed += self._grammars()
         if union & Needs.PENALTIES:
-            self._on(Needs.PENALTIES, self._penalties)
+            self._penalties()
         return failed
 
-    def _on(self, need: Needs, step: Callable[[Tensor, list[int], Tensor], None]) -> None:
-        """Runs step(logits_GV, rows, index_G) over the rows with `need`; it works in place."""
-        lines = np.flatnonzero(self.needs_S & need)
-        index_G = to_device(lines, self.logits_SV.device)
-        rows = self.rows[lines].tolist()
-        if lines.size == len(self.rows):
-            step(self.logits_SV, rows, index_G)
-            return
-        logits_GV = self.logits_SV[index_G]
-        step(logits_GV, rows, index_G)
-        self.logits_SV[index_G] = logits_GV
+    def _group(self, need: Needs, table: LineTable) -> _Group:
+        at = np.flatnonzero(self.needs_S & need)
+        rows = self.rows[at].tolist()
+        both = to_device(np.stack((at, table.numbers(rows))), self.logits_SV.device)
+        return _Group(rows, None if at.size == len(self.rows) else both[0], both[1])
 
-    def _allowed(self, logits_GV: Tensor, rows: list[int], index_G: Tensor) -> None:
-        logits_GV.masked_fill_(~self.state.allowed.gather(rows), NEG_INF)
+    def _allowed(self) -> None:
+        group = self._group(Needs.ALLOWED, self.state.allowed)
+        self.ops.mask(self.logits_SV, self.state.allowed.data, group.at_G, group.lines_G)
 
-    def _words(self, logits_GV: Tensor, rows: list[int], index_G: Tensor) -> None:
-        words_GWL = self.state.words.gather(rows)
-        prompt_G = self.wholes_SP[index_G, Whole.PROMPT_LENGTH]
-        tail_GL = self.state.tail(rows, self.positions_S[index_G], prompt_G, words_GWL.shape[-1] - 1)
-        forbid_words(logits_GV, words_GWL, tail_GL)
+    def _words(self) -> None:
+        group = self._group(Needs.WORDS, self.state.words)
+        words_GWL = self.state.words.data[group.lines_G]
+        prompt_G = group.of(self.numbers.wholes_SC[:, Whole.PROMPT_LENGTH])
+        tail_GL = self.state.tail(group.rows, group.of(self.numbers.positions_S), prompt_G, words_GWL.shape[-1] - 1)
+        self.ops.forbid_words(self.logits_SV, words_GWL, tail_GL, group.at_G)
 
-    def _edits(self, logits_GV: Tensor, rows: list[int], index_G: Tensor) -> None:
-        s = self.state
-        drawn_G = self.positions_S[index_G] - self.wholes_SP[index_G, Whole.PROMPT_LENGTH]
-        ids, values, until = s.edit_ids.gather(rows), s.edit_values.gather(rows), s.edit_until.gather(rows)
-        add_edits(logits_GV, ids, values, until, drawn_G)
+    def _edits(self) -> None:
+        state, group = self.state, self._group(Needs.EDITS, self.state.edit_ids)
+        drawn_G = group.of(self.numbers.positions_S - self.numbers.wholes_SC[:, Whole.PROMPT_LENGTH])
+        # the three tables are written together, so that a row has the same line in each
+        tables = state.edit_ids, state.edit_values, state.edit_until
+        self.ops.add_edits(self.logits_SV, *(t.data[group.lines_G] for t in tables), drawn_G, group.at_G)
 
-    def _penalties(self, logits_GV: Tensor, rows: list[int], index_G: Tensor) -> None:
-        reals = self.reals_SP[index_G].float()
-        repetition, presence, frequency = (reals[:, c] for c in (Real.REPETITION, Real.PRESENCE, Real.FREQUENCY))
-        penalise(logits_GV, self.state.counts.gather(rows), repetition, presence, frequency)
+    def _penalties(self) -> None:
+        group = self._group(Needs.PENALTIES, self.state.counts)
+        reals_GC = group.of(self.numbers.reals_SC).float()
+        numbers = (reals_GC[:, c] for c in (Real.REPETITION, Real.PRESENCE, Real.FREQUENCY))
+        self.ops.penalise(self.logits_SV, self.state.counts.data, *numbers, group.at_G, group.lines_G)
 
     def _grammars(self) -> list[tuple[int, str]]:
         """What is not allowed is masked; of a text that is complete the end token is all that is left, even where it
         was forbidden before (min_tokens)."""
         lines = np.flatnonzero(self.needs_S & Needs.GRAMMAR)
-        device, vocab = self.logits_SV.device, self.logits_SV.shape[1]
+        device = self.logits_SV.device
         masks = self.state.grammars.masks(self.rows[lines].tolist())
-        allowed_GV = allowed_bits(to_device(masks.words_GW, device), vocab)
-        if lines.size == len(self.rows):
-            self.logits_SV.masked_fill_(~allowed_GV, NEG_INF)
-        else:
-            index_G = to_device(lines, device)
-            self.logits_SV[index_G] = self.logits_SV[index_G].masked_fill_(~allowed_GV, NEG_INF)
+        at_G = None if lines.size == len(self.rows) else to_device(lines, device)
+        self.ops.mask(self.logits_SV, to_device(masks.words_GW, device), at_G)
         if masks.over:
             over = to_device(np.array([(lines[g], token) for g, token in masks.over], np.int64).T.copy(), device)
             self.logits_SV[over[0]] = NEG_INF

@@ -62,10 +62,11 @@ def _no_grammars(eos: tuple[int, ...]) -> NoReturn:
 
 
 class LineTable:
-    """A device tensor with one line for each row that put something there. Grows as needed, in lines and extents."""
+    """A device tensor with one line for each row that put something there. Grows as needed, in extents and in lines, of
+    which there are `most`."""
 
-    def __init__(self, device: torch.device, dtype: torch.dtype, fill: float) -> None:
-        self._device, self._dtype, self._fill = device, dtype, fill
+    def __init__(self, device: torch.device, dtype: torch.dtype, fill: float, most: int) -> None:
+        self._device, self._dtype, self._fill, self._most = device, dtype, fill, most
         self._line: dict[int, int] = {}
         self._free: list[int] = []
         self._data: Tensor | None = None
@@ -74,12 +75,16 @@ class LineTable:
         return row in self._line
 
     def put(self, row: int, values: Tensor) -> Tensor:
-        """Sets the row's line to `values`, filled up to the table's extents. Returns the line, to be written to."""
-        self._reserve(row, tuple(values.shape))
-        line = self.line(row)
-        line.fill_(self._fill)
-        line[tuple(slice(n) for n in values.shape)] = values.to(self._device, self._dtype)
+        """Sets the row's line to `values` (on the host), filled up to the table's extents. Waits for nothing. Returns
+        the line, to be written to."""
+        line = self.clear(row, tuple(values.shape))
+        line[tuple(slice(n) for n in values.shape)] = to_device(values.to(self._dtype).numpy(), self._device)
         return line
+
+    def clear(self, row: int, extents: tuple[int, ...]) -> Tensor:
+        """The row's line, empty, of these extents at least."""
+        self._reserve(row, extents)
+        return self.line(row).fill_(self._fill)
 
     def drop(self, row: int) -> None:
         line = self._line.pop(row, None)
@@ -102,7 +107,11 @@ class LineTable:
 
     def lines(self, rows: list[int]) -> Tensor:
         """The line numbers of `rows` on the device."""
-        return to_device(np.array([self._line[row] for row in rows], dtype=np.int64), self._device)
+        return to_device(self.numbers(rows), self._device)
+
+    def numbers(self, rows: list[int]) -> NDArray[np.int64]:
+        """The line numbers of `rows`."""
+        return np.array([self._line[row] for row in rows], dtype=np.int64)
 
     def gather(self, rows: list[int]) -> Tensor:
         """(G, ...) lines of `rows`."""
@@ -121,7 +130,7 @@ class LineTable:
         lines, held = (0, (0,) * len(extents)) if old is None else (old.shape[0], tuple(old.shape[1:]))
         if self._line[row] < lines and all(n <= m for n, m in zip(extents, held, strict=True)):
             return
-        lines = lines if self._line[row] < lines else max(4, 2 * lines)
+        lines = lines if self._line[row] < lines else min(max(4, 2 * lines), self._most)
         shape = tuple(max(n, m) for n, m in zip(extents, held, strict=True))
         with torch.inference_mode(False):  # a table made in inference mode could not be written outside it
             new = torch.full((lines, *shape), self._fill, dtype=self._dtype, device=self._device)
@@ -173,13 +182,13 @@ class SamplingState:
             self.reals_RC = self._numbers[:reals].view(torch.float64).view(self._host_reals.shape)
             self.wholes_RC = self._numbers[reals:].view(torch.int64).view(self._host_wholes.shape)
         self._dirty = False
-        self.edit_ids = LineTable(device, torch.int64, 0)
-        self.edit_values = LineTable(device, torch.float32, 0.0)
-        self.edit_until = LineTable(device, torch.int64, FOREVER)
-        self.allowed = LineTable(device, torch.bool, False)
-        self.words = LineTable(device, torch.int64, -1)
-        self.counts = LineTable(device, torch.int32, 0)
-        self.history = LineTable(device, torch.int64, 0)
+        self.edit_ids = LineTable(device, torch.int64, 0, max_rows)
+        self.edit_values = LineTable(device, torch.float32, 0.0, max_rows)
+        self.edit_until = LineTable(device, torch.int64, FOREVER, max_rows)
+        self.allowed = LineTable(device, torch.int32, 0, max_rows)  # words of 32 tokens, as for the op `mask`
+        self.words = LineTable(device, torch.int64, -1, max_rows)
+        self.counts = LineTable(device, torch.int32, 0, max_rows)
+        self.history = LineTable(device, torch.int64, 0, max_rows)
         self._lengths_R = torch.zeros(max_rows, dtype=torch.int64, device=device)  # of the histories
         self._tables = (
             self.edit_ids, self.edit_values, self.edit_until, self.allowed, self.words, self.counts, self.history,
@@ -240,21 +249,21 @@ class SamplingState:
 
     def append(self, rows: Ints, tokens_S: Tensor) -> None:
         """Records the drawn tokens of the rows that keep a history; `tokens_S` stays on the device."""
-        lines = np.flatnonzero(self.needs[rows] & Needs.HISTORY)
-        if not lines.size:
+        at = np.flatnonzero(self.needs[rows] & Needs.HISTORY)
+        if not at.size:
             return
-        kept = rows[lines]
-        tokens_G = tokens_S if lines.size == len(rows) else tokens_S[to_device(lines, self.device)]
-        rows_G = to_device(kept.astype(np.int64), self.device)
-        at_G = self._lengths_R[rows_G]
+        kept = rows[at].tolist()
+        at_G, rows_G, lines_G = to_device(np.stack((at, rows[at], self.history.numbers(kept))), self.device)
+        ends_G = self._lengths_R[rows_G]
         histories = self.history.data
         # a token drawn beyond the end (it will be dropped) must not leave the table
-        histories[self.history.lines(kept.tolist()), at_G.clamp_max(histories.shape[1] - 1)] = tokens_G
-        self._lengths_R[rows_G] = at_G + 1
-        counted = [i for i, row in enumerate(kept.tolist()) if row in self.counts]
+        histories[lines_G, ends_G.clamp_max(histories.shape[1] - 1)] = tokens_S[at_G]
+        self._lengths_R[rows_G] = ends_G + 1
+        counted = [i for i, row in enumerate(kept) if row in self.counts]
         if counted:
-            of = to_device(np.array(counted, dtype=np.int64), self.device)
-            self.counts.data[self.counts.lines(kept[counted].tolist()), tokens_G[of]] += 1
+            lines = self.counts.numbers([kept[i] for i in counted])
+            at_G, lines_G = to_device(np.stack((at[counted], lines)), self.device)
+            self.counts.data[lines_G, tokens_S[at_G]] += 1
 
     # --- what the sampler reads ---
 
@@ -272,11 +281,13 @@ class SamplingState:
             self._pinned.send(self._numbers)
         self._dirty = False
 
-    def kind(self, rows: Ints) -> Kind | None:
-        """What a draw of these rows takes; None if it is more than a draw."""
+    def drawn_only(self, rows: Ints) -> bool:
+        """Whether a draw is all that is to be done with the logits of these rows."""
+        return not int(np.bitwise_or.reduce(self.needs[rows], initial=0)) & ~(Needs.DRAW | Needs.HISTORY)
+
+    def kind(self, rows: Ints) -> Kind:
+        """What a draw of these rows takes."""
         union = int(np.bitwise_or.reduce(self.needs[rows], initial=0))
-        if union & ~(Needs.DRAW | Needs.HISTORY):
-            return None
         if union & Needs.TOP_P:
             return Kind.TOP_P
         if union & (Needs.TOP_K | Needs.MIN_P):
@@ -287,7 +298,7 @@ class SamplingState:
         """(G, length) the last drawn tokens before `position`, back to front, -2 where the output has not begun."""
         back = torch.arange(1, length + 1, device=self.device)
         at_GL = position_G.unsqueeze(1) - back
-        tokens_GL = self.history.gather(rows).gather(1, at_GL.clamp_min(0))
+        tokens_GL = self.history.data[self.history.lines(rows).unsqueeze(1), at_GL.clamp_min(0)]
         return torch.where(at_GL >= prompt_length_G.unsqueeze(1), tokens_GL, -2)
 
     def tokens(self, row: int) -> tuple[list[int], list[int]]:
@@ -352,9 +363,9 @@ class SamplingState:
     def _put_masks(self, row: int, params: SamplingParams) -> Needs:
         needs = Needs(0)
         if params.allowed_token_ids is not None:
-            allowed_V = torch.zeros(self.vocab_size, dtype=torch.bool)
-            allowed_V[[token for token in params.allowed_token_ids if token < self.vocab_size]] = True
-            self.allowed.put(row, allowed_V)
+            bits = np.zeros(-(-self.vocab_size // 32) * 32, np.uint8)
+            bits[[token for token in params.allowed_token_ids if token < self.vocab_size]] = 1
+            self.allowed.put(row, torch.from_numpy(np.packbits(bits, bitorder="little").view(np.int32)))
             needs |= Needs.ALLOWED
         words = [word[::-1] for word in params.bad_words_token_ids if len(word) > 1 and word[-1] < self.vocab_size]
         if words:
@@ -368,16 +379,16 @@ class SamplingState:
         penalties = p.repetition_penalty != 1.0 or bool(p.presence_penalty) or bool(p.frequency_penalty)
         if not (penalties or needs & (Needs.WORDS | Needs.PROCESSORS) or p.prompt_logprobs is not None):
             return Needs(0)
-        tokens = torch.from_numpy(new.tokens.astype(np.int64))
         longest = self.max_len if p.max_tokens is None else min(self.max_len, new.prompt_length + p.max_tokens)
-        room = torch.zeros(max(longest, len(tokens)), dtype=torch.int64)
-        room[: len(tokens)] = tokens
-        self.history.put(new.row, room)
+        tokens = to_device(new.tokens.astype(np.int64), self.device)
+        self.history.clear(new.row, (max(longest, len(tokens)),))[: len(tokens)] = tokens
         self._lengths_R[new.row] = len(tokens)
         if not penalties:
             return Needs.HISTORY
-        prompt, output = tokens[: new.prompt_length], tokens[new.prompt_length :]
-        counts_V = torch.bincount(output[output < self.vocab_size], minlength=self.vocab_size).to(torch.int32)
-        counts_V[prompt[prompt < self.vocab_size].unique()] |= IN_PROMPT
-        self.counts.put(new.row, counts_V)
+        counts_V = self.counts.clear(new.row, (self.vocab_size,))
+        # tokens beyond the vocabulary stand for features: they have no logits
+        parts = [part[part < self.vocab_size] for part in np.split(new.tokens, [new.prompt_length])]
+        prompt, output = to_device(np.concatenate(parts).astype(np.int64), self.device).split([len(p) for p in parts])
+        counts_V[prompt] = IN_PROMPT
+        counts_V.scatter_add_(0, output, torch.ones_like(output, dtype=torch.int32))
         return Needs.HISTORY | Needs.PENALTIES

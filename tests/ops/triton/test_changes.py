@@ -33,11 +33,39 @@ def test_edits(vocab: int, count: int, some: bool, device: torch.device) -> None
     until = torch.randint(3, 7, (len(at), count), generator=g).to(device)
     drawn = torch.full((len(at),), 4, device=device)
     expected = x.clone()
-    part = expected[at]
-    sampling.add_edits(part, ids, values, until, drawn)
-    expected[at] = part
-    changes.add_edits(x, ids, values, until, drawn, at if some else None)
-    assert torch.equal(x, expected)
+    for g, s in enumerate(at.tolist()):
+        one = slice(g, g + 1)
+        sampling.add_edits(expected[s : s + 1], ids[one], values[one], until[one], drawn[one])
+    for add_edits in (changes.add_edits, sampling.add_edits):
+        got = x.clone()
+        add_edits(got, ids, values, until, drawn, at if some else None)
+        assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize(("count", "length"), [(1, 2), (70, 4)])
+@pytest.mark.parametrize("some", [False, True])
+def test_words(count: int, length: int, some: bool, device: torch.device) -> None:
+    """Of two tokens, so that many match; one word twice, one without tokens."""
+    x, g = logits_of(6, 40, device), torch.Generator().manual_seed(7)
+    at = torch.tensor([4, 1, 2] if some else list(range(6)), device=device)
+    words = torch.randint(0, 2, (len(at), count, length), generator=g)
+    words[:, :, 0] = torch.randint(0, 40, (len(at), count), generator=g)
+    ends = torch.randint(1, length + 1, (len(at), count, 1), generator=g)
+    words[torch.arange(length) >= ends] = -1
+    words[0, 0], words[:, -1] = -1, words[:, 0]
+    tail = torch.randint(0, 2, (len(at), length - 1), generator=g)
+    tail[1] = -2
+    expected = x.clone()
+    for i, s in enumerate(at.tolist()):
+        for word in words[i].tolist():
+            ahead = [token for token in word[1:] if token >= 0]
+            if word[0] >= 0 and ahead == tail[i].tolist()[: len(ahead)]:
+                expected[s, word[0]] = NEG_INF
+    assert 0 < int((expected != x).sum()) < x.numel() * 0.7
+    for forbid_words in (changes.forbid_words, sampling.forbid_words):
+        got = x.clone()
+        forbid_words(got, words.to(device), tail.to(device), at if some else None)
+        assert torch.equal(got, expected)
 
 
 @pytest.mark.parametrize("vocab", [37, 5003])
@@ -54,8 +82,18 @@ def test_penalties(vocab: int, some: bool, device: torch.device) -> None:
     part = expected[at]
     sampling.penalise(part, counts[lines], repetition, presence, frequency)
     expected[at] = part
-    changes.penalise(x, counts, repetition, presence, frequency, at if some else None, lines if some else None)
-    assert torch.equal(x, expected)
+    given = (
+        counts if some else counts[:5],
+        repetition,
+        presence,
+        frequency,
+        at if some else None,
+        lines if some else None,
+    )
+    for penalise in (changes.penalise, sampling.penalise):
+        got = x.clone()
+        penalise(got, *given)
+        assert torch.equal(got, expected)
 
 
 @pytest.mark.parametrize(("vocab", "words"), [(64, 2), (70, 3), (70, 1), (5003, 157)])
@@ -63,11 +101,16 @@ def test_penalties(vocab: int, some: bool, device: torch.device) -> None:
 def test_mask(vocab: int, words: int, some: bool, device: torch.device) -> None:
     x, g = logits_of(4, vocab, device), torch.Generator().manual_seed(5)
     at = torch.tensor([3, 1] if some else list(range(4)), device=device)
-    bits = torch.randint(-(2**31), 2**31 - 1, (len(at), words), generator=g).int().to(device)
+    lines = torch.tensor([2, 4] if some else list(range(4)), device=device)
+    bits = torch.randint(-(2**31), 2**31 - 1, (5 if some else 4, words), generator=g).int().to(device)
     expected = x.clone()
-    expected[at] = expected[at].masked_fill(~sampling.allowed_bits(bits, vocab), NEG_INF)
-    changes.mask(x, bits, at if some else None)
-    assert torch.equal(x, expected)
+    expected[at] = expected[at].masked_fill(~sampling.allowed_bits(bits[lines], vocab), NEG_INF)
+    assert not torch.equal(x, expected)
+    for mask in (changes.mask, sampling.mask):
+        got = [x.clone() for _ in range(2)]
+        mask(got[0], bits, at if some else None, lines if some else None)
+        mask(got[1], bits[lines], at if some else None)
+        assert torch.equal(got[0], expected) and torch.equal(got[1], expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -82,6 +125,7 @@ def test_logprobs(
     at = torch.tensor([5, 2, 0], device=device)
     token = torch.tensor([0, vocab // 3, vocab - 1], device=device)
     got = logprobs.token_logprobs(x, token, top, normalise, at)
+    assert torch.equal(sampling.token_logprobs(x, token, top, normalise, at)[0], got[0])
     expected = sampling.token_logprobs(x[at].float(), token, top, normalise)
     assert torch.equal(got[0], expected[0]) and torch.equal(got[2], expected[2])
     torch.testing.assert_close(got[1], expected[1], atol=1e-5, rtol=0, equal_nan=True)
@@ -92,3 +136,12 @@ def test_logprobs(
     assert torch.equal(got[0], expected[0]) and torch.equal(got[2], expected[2])
     torch.testing.assert_close(got[1], expected[1], atol=1e-5, rtol=0, equal_nan=True)
     assert math.isfinite(got[1][3].max().item())
+
+
+def test_all_logprobs_are_the_references(device: torch.device) -> None:
+    x = logits_of(2, 300, device)
+    token = torch.tensor([5, 9], device=device)
+    for got, expected in zip(
+        logprobs.token_logprobs(x, token, 300, True), sampling.token_logprobs(x, token, 300, True), strict=True
+    ):
+        assert torch.equal(got, expected) and len(got) == 2

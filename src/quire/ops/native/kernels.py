@@ -42,6 +42,11 @@ def supports_activation(case: Case) -> str | None:
     return refusal(case) or (None if kind in program.KINDS else f"has no kernel for {kind}")
 
 
+def supports_softcap(case: Case) -> str | None:
+    """Logits are float32 whatever the model's type."""
+    return refusal(replace(case, dtype=torch.float32))
+
+
 def supports_sampling(case: Case) -> str | None:
     """Logits are float32 whatever the model's type."""
     return refusal(replace(case, dtype=torch.float32))
@@ -134,6 +139,18 @@ class Kernels:
         self.pool.run(program.activation(x_TD, out_TD, kind, gated, self.count(x_TD.shape[0])))
         return out_TD.view(*x.shape[:-1], size)
 
+    def add(self, a: Tensor, b: Tensor) -> Tensor:
+        a_TD, b_TD = _rows(a.flatten(0, -2)), _rows(b.flatten(0, -2))
+        out_TD = self.empty(a_TD.shape, a.dtype)
+        self.pool.run(program.add(a_TD, b_TD, out_TD, self.count(a_TD.shape[0])))
+        return out_TD.view(a.shape)
+
+    def softcap(self, x: Tensor, cap: float) -> Tensor:
+        x_TD = _rows(x.flatten(0, -2))
+        out_TD = self.empty(x_TD.shape, x.dtype)
+        self.pool.run(program.softcap(x_TD, out_TD, cap, self.count(x_TD.shape[0])))
+        return out_TD.view(x.shape)
+
     def heads(
         self,
         q_THE: Tensor,
@@ -199,10 +216,12 @@ class Kernels:
     def gated_linear(self, x: Tensor, weight_NK: Tensor, bias_N: Tensor | None, kind: str) -> Tensor:
         return self.gated_activation(self.linear(x, weight_NK, bias_N), kind)
 
-    def embedding(self, ids_T: Tensor, table_VD: Tensor, offset: int, add_TD: Tensor | None = None) -> Tensor:
+    def embedding(
+        self, ids_T: Tensor, table_VD: Tensor, offset: int, add_TD: Tensor | None = None, scale: float = 1.0
+    ) -> Tensor:
         add_TD = None if add_TD is None else _rows(add_TD)
         out_TD = self.empty((ids_T.shape[0], table_VD.shape[1]), table_VD.dtype)
-        self.pool.run(program.gather(ids_T, table_VD, out_TD, self.count(ids_T.shape[0]), offset, add_TD))
+        self.pool.run(program.gather(ids_T, table_VD, out_TD, self.count(ids_T.shape[0]), offset, add_TD, scale))
         return out_TD
 
     def copy_pages(
@@ -221,13 +240,20 @@ class Kernels:
         return out_TN.view(*x.shape[:-1], weight.shape[0])
 
     def quantized_embedding(
-        self, ids_T: Tensor, table: QuantizedWeight, offset: int, dtype: torch.dtype, add_TD: Tensor | None = None
+        self,
+        ids_T: Tensor,
+        table: QuantizedWeight,
+        offset: int,
+        dtype: torch.dtype,
+        add_TD: Tensor | None = None,
+        scale: float = 1.0,
     ) -> Tensor:
         if table.bits != 8 or table.scale_NG.shape[1] != 1 or table.q.stride(1) != 1:
-            return references.quantized_embedding(ids_T, table, offset, dtype, add_TD)
+            return references.quantized_embedding(ids_T, table, offset, dtype, add_TD, scale)
         add_TD = None if add_TD is None else _rows(add_TD)
         out_TD = self.empty((ids_T.shape[0], table.shape[1]), dtype)
-        self.pool.run(program.quantized_gather(ids_T, table, out_TD, self.count(ids_T.shape[0]), offset, add_TD))
+        tokens = self.count(ids_T.shape[0])
+        self.pool.run(program.quantized_gather(ids_T, table, out_TD, tokens, offset, add_TD, scale))
         return out_TD
 
     def sample(

@@ -19,19 +19,22 @@ from torch import Tensor
 
 from quire.ops.attention import reference
 from quire.ops.attention.meta import AttentionMeta, GroupMeta
+from quire.ops.triton.attention_shared import LEAST, MEMBERS, find_leaders, form_packs
 from quire.ops.triton.attention_split import split_attention
 from quire.ops.triton.attention_tiles import tile_attention
 from quire.ops.triton.attention_work import ITEM, split_items, tile_items
 from quire.ops.triton.launch import power
 
 _LOG2E = 1.4426950408889634
+_PACKED_BYTES = 96 << 20  # for partial results of packed rows: so many rows may be packed
+_SHARING = 256  # rows of few tokens of a step where some are packed, at most: the kernel for more has no memory left
 
 
 @dataclass(frozen=True, slots=True)
 class SplitShape:
-    """Constants of `split_attention`. `tile`: keys of a tile; `segment`, `most`: tiles of a segment of a short row,
-    segments of a long one. These decide the bits of a result, so they depend on nothing but the layer's shape.
-    `programs`: for each multiprocessor."""
+    """Constants of `split_attention`. `tile`: keys of a tile; `segment`: tiles of a segment of a short row (a power of
+    two); `most`: segments of a long one. These decide the bits of a result, so they depend on nothing but the layer's
+    shape. `programs`: for each multiprocessor."""
 
     tile: int
     segment: int = 1
@@ -108,7 +111,7 @@ class Step:
 
     def __init__(
         self, q_THE: Tensor, kv: Tensor, meta: AttentionMeta, scale: float, window: int | None,
-        softcap: float | None, slopes: bool, invariant: bool,
+        softcap: float | None, slopes: bool, invariant: bool, table_RP: Tensor,
     ) -> None:  # fmt: skip
         tokens, heads, size = q_THE.shape
         pages, block, kv_heads = kv.shape[1:4]
@@ -126,15 +129,17 @@ class Step:
             *strides, *rule, heads, kv_heads, size, padded, block, exact, wide, window is not None,
             softcap is not None, slopes,
         )  # fmt: skip
-        self.window = window or 0
-        self.split = self.tiles = None
+        self.window, self.windowed = window or 0, window is not None
+        self.split = self.tiles = self.packs = None
         q_lens = [1] * len(meta.lengths_R) if meta.q_lens is None and meta.max_q == 1 else meta.q_lens
         short = len(meta.lengths_R) if q_lens is None else sum(count <= few for count in q_lens)
         if short and few:
             queries = 1 if q_lens is not None and all(count <= 1 or count > few for count in q_lens) else few
+            plain = window is None and not slopes
             self._plan_split(
-                meta, short, few, queries, heads, kv_heads, padded, split_shape(bytes_of_key, short), common
-            )
+                meta, short, few, queries, heads, kv_heads, padded, split_shape(bytes_of_key, short), common,
+                table_RP if plain else None,
+            )  # fmt: skip
         if q_lens is None or short < len(q_lens):
             longest = group * (meta.max_q if q_lens is None else max(q_lens))
             shape = invariant_shape(bytes_of_key, exact) if invariant else tile_shape(bytes_of_key, exact, longest)
@@ -162,30 +167,62 @@ class Step:
 
     def _plan_split(
         self, meta: AttentionMeta, short: int, few: int, queries: int, heads: int, kv_heads: int, padded: int,
-        shape: SplitShape, common: tuple[Any, ...],
+        shape: SplitShape, common: tuple[Any, ...], table_RP: Tensor | None,
     ) -> None:  # fmt: skip
+        """`table_RP`: the pages, where rows that share some may be packed."""
         device = meta.lengths_R.device
-        own = queries * heads // kv_heads
+        rows, group, block = len(meta.lengths_R), heads // kv_heads, common[8]
+        own = queries * group
+        height = max(16, power(own))
         # Ranges of work, fewer where not even the longest rows could fill them.
         longest = -(-meta.max_len // shape.tile) + 1
+        most = min(shape.most, longest)
         programs = _multiprocessors(device) * shape.programs
         ranges = max(1, min(programs // kv_heads, short * longest))
-        slots = min(short, ranges) * (min(shape.most, longest) + 1)
-        items = torch.empty((2 * ranges + short + 1, ITEM), dtype=torch.int32, device=device)
-        arrived = torch.empty(slots * kv_heads, dtype=torch.int32, device=device)
-        parts = torch.empty(slots * kv_heads * own * padded, dtype=torch.float32, device=device)
-        tops = torch.empty(slots * kv_heads * own * 2, dtype=torch.float32, device=device)
-        rows = len(meta.lengths_R)
+        slots = min(short, ranges) * (most + 1) * queries
+        size = height // group  # rows of a pack
+        able = min(rows, _PACKED_BYTES // (4 * shape.most * heads * padded))
+        sharing = table_RP is not None and min(size, able, short) > 1 and short <= _SHARING
+        sharing = sharing and meta.max_len > LEAST * shape.tile
+        parts = 2 * rows if sharing else rows
+        packs: tuple[Tensor | None, ...] = (None, None, None, None, None)
+        if sharing:
+            assert table_RP is not None and shape.warps == 4 and size <= MEMBERS
+            packs = self.packs = self._plan_packs(meta, table_RP, able, size, block, shape)
+        items = torch.empty((2 * ranges + (2 if sharing else 1) * short + 1, ITEM), dtype=torch.int32, device=device)
+        arrived = torch.empty(rows * kv_heads, dtype=torch.int32, device=device)
+        every = (slots + (able * shape.most if sharing else 0)) * heads
+        sums = torch.empty(every * padded, dtype=torch.float32, device=device)
+        tops = torch.empty(every * 2, dtype=torch.float32, device=device)
         split_items(
-            (rows, 1, 1),
-            (meta.cu_q, meta.lengths_R, items, arrived),
-            (rows, self.window, ranges),
-            (few, kv_heads, power(kv_heads), shape.tile, shape.segment, shape.most, common[-3]),
-        )
+            (parts, 1, 1),
+            (meta.cu_q, meta.lengths_R, items, arrived, *packs),
+            (parts, self.window, ranges, slots),
+            (
+                few, kv_heads, power(kv_heads), shape.tile, shape.segment, shape.most, queries, self.windowed, sharing
+            ),
+        )  # fmt: skip
         self.split = split_attention
-        self.ranges, self.split_grid, self.split_shape = ranges, (ranges * kv_heads, 1, 1), shape
-        self.split_work = (items, arrived, parts, tops)
-        self.split_constants = (*common, queries, max(16, power(own)), power(own), shape.tile, shape.stages)
+        self.ranges, self.split_grid, self.split_shape = (ranges, slots), (ranges * kv_heads, 1, 1), shape
+        self.split_work = (items, arrived, packs[-1], sums, tops)
+        self.split_constants = (
+            *common, sharing, queries, height, power(own), shape.tile, shape.most, shape.stages
+        )  # fmt: skip
+
+    def _plan_packs(
+        self, meta: AttentionMeta, table_RP: Tensor, able: int, size: int, block: int, shape: SplitShape
+    ) -> tuple[Tensor, ...]:
+        """What `form_packs` leaves, and room for what `split_items` adds to it."""
+        rows = len(meta.lengths_R)
+        leaders, common, shared, counts, owners = torch.empty((5, rows), dtype=torch.int32, device=table_RP.device)
+        members = torch.empty((rows, MEMBERS), dtype=torch.int32, device=table_RP.device)
+        slots = torch.empty((rows, 4), dtype=torch.int32, device=table_RP.device)
+        find_leaders(
+            (rows, 1, 1), (meta.cu_q, meta.lengths_R, table_RP, leaders, common), (able, table_RP.stride(0)),
+            (block, shape.tile, shape.segment, shape.most),
+        )  # fmt: skip
+        form_packs((rows, 1, 1), (leaders, common, shared, counts, owners, members), (able,), (size,))
+        return shared, counts, owners, members, slots
 
     def run(self, q_THE: Tensor, kv: Tensor, table_RP: Tensor, slopes_H: Tensor | None, out_THE: Tensor) -> None:
         tensors = (q_THE, kv, table_RP, slopes_H, out_THE)
@@ -193,7 +230,7 @@ class Step:
         if self.split is not None:
             shape = self.split_shape
             self.split(
-                self.split_grid, (*tensors, *self.split_work), (*sizes, self.ranges), self.split_constants,
+                self.split_grid, (*tensors, *self.split_work), (*sizes, *self.ranges), self.split_constants,
                 shape.warps, registers=shape.registers,
             )  # fmt: skip
         if self.tiles is not None:
@@ -241,11 +278,15 @@ def _attend(
 ) -> Tensor:  # fmt: skip
     if kv.dtype == torch.int8:
         return reference.attention(q_THE, kv, group, meta, scale, window, softcap, slopes_H)
-    key = (Step, invariant, q_THE.shape, q_THE.stride(), kv.shape, scale, window, softcap, slopes_H is None)
+    table_RP = group.block_tables_RP
+    key = (
+        Step, invariant, q_THE.shape, q_THE.stride(), kv.shape, scale, window, softcap, slopes_H is None,
+        table_RP.data_ptr(),
+    )  # fmt: skip
     step = meta.scratch.get(key)
     if step is None:
-        step = Step(q_THE, kv, meta, scale, window, softcap, slopes_H is not None, invariant)
+        step = Step(q_THE, kv, meta, scale, window, softcap, slopes_H is not None, invariant, table_RP)
         meta.scratch[key] = step
     out_THE = torch.empty(q_THE.shape, dtype=q_THE.dtype, device=q_THE.device)
-    step.run(q_THE, kv, group.block_tables_RP, slopes_H, out_THE)
+    step.run(q_THE, kv, table_RP, slopes_H, out_THE)
     return out_THE

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from concurrent.futures import Future
+from concurrent.futures import wait as wait_for
 from functools import cache
 from typing import Any
 
@@ -20,6 +22,8 @@ import triton.language as tl
 from torch import Tensor
 from triton import knobs
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from quire.ops.triton.ahead import AHEAD, Ahead
 
 INTERPRETED: bool = knobs.runtime.interpret
 
@@ -51,6 +55,7 @@ class Kernel:
         self._jit = jit(function, do_not_specialize=[name for name in plain if name.isupper()])
         self._fused = fused
         self._compiled: dict[Any, Any] = {}
+        self._coming: dict[Any, Future[Any]] = {}
 
     def __call__(
         self,
@@ -66,10 +71,11 @@ class Kernel:
         """Tensors of any alignment; sizes below 2^31. `tiles`: tensor descriptors, before the tensors. `registers`: at
         most so many for a thread."""
         pdl = dependent()
+        ahead = AHEAD.get()
         if tiles:
-            self._jit[grid](
-                *tiles, *tensors, *sizes, *constants, pdl, num_warps=warps, num_stages=stages, launch_pdl=pdl
-            )
+            if ahead is None:
+                options = {"num_warps": warps, "num_stages": stages, "launch_pdl": pdl}
+                self._jit[grid](*tiles, *tensors, *sizes, *constants, pdl, **options)
             return
         pointers = [None if x is None else x.data_ptr() for x in tensors]
         bits = 0
@@ -79,11 +85,18 @@ class Kernel:
         kinds = [None if x is None else x.dtype for x in tensors]
         key = (constants, warps, stages, registers, device, pdl, bits & 15, *kinds)
         compiled = self._compiled.get(key)
-        if compiled is None:
-            compiled = self._jit[grid](
-                *tensors, *sizes, *constants, pdl,
-                num_warps=warps, num_stages=stages, maxnreg=registers, launch_pdl=pdl, enable_fp_fusion=self._fused,
-            )  # fmt: skip
+        if compiled is None or ahead is not None:
+            options = {
+                "num_warps": warps, "num_stages": stages, "maxnreg": registers, "launch_pdl": pdl,
+                "enable_fp_fusion": self._fused,
+            }  # fmt: skip
+            if ahead is not None:
+                if compiled is None:
+                    self._foresee(ahead, key, (*map(_like, tensors), *sizes, *constants, pdl), options)
+                return
+            if (coming := self._coming.pop(key, None)) is not None:
+                wait_for([coming])
+            compiled = self._jit[grid](*tensors, *sizes, *constants, pdl, **options)
             if _KNOWN and not INTERPRETED and bits & 15 == 0:
                 self._compiled[key] = compiled
             return
@@ -91,6 +104,31 @@ class Kernel:
             *grid, torch._C._cuda_getCurrentRawStream(device), compiled.function, compiled.packed_metadata,
             None, None, None, *pointers, *sizes, *constants, pdl,
         )  # fmt: skip
+
+    def _foresee(self, ahead: Ahead, key: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+        if INTERPRETED:
+            ahead.submit((self, key), lambda: None)
+            return
+        self._jit.device_caches[torch.cuda.current_device()]  # made here, once, and not by two threads
+        coming = ahead.submit((self, key), lambda: self._jit.warmup(*arguments, grid=(1, 1, 1), **options))
+        if coming is not None:
+            self._coming[key] = coming
+
+
+class _Like:
+    """A tensor's dtype and alignment: all that is asked about it where it is not read."""
+
+    __slots__ = ("_at", "dtype")
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.dtype, self._at = tensor.dtype, tensor.data_ptr()
+
+    def data_ptr(self) -> int:
+        return self._at
+
+
+def _like(tensor: Tensor | None) -> _Like | None:
+    return None if tensor is None else _Like(tensor)
 
 
 def ceil(size: int, block: int) -> int:

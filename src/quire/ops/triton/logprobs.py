@@ -12,6 +12,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from quire.ops.sampling import token_logprobs as reference
 from quire.ops.triton.draws import LOG2E, LOWEST, pack, unpack
 from quire.ops.triton.launch import Kernel, ceil, power, release, wait
 from quire.ops.triton.sampling import BLOCK, PARTS, TILE, WARPS, Lines, split
@@ -112,14 +113,13 @@ def _pick(
 def token_logprobs(
     logits_SV: Tensor, token_G: Tensor, top: int | Tensor, normalise: bool, at_G: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(ids (G, 1+k) int64, values (G, 1+k) float32, ranks (G,) int64): see `ops.sampling.token_logprobs`. Logits of
-    any of the three dtypes; at: int32 or int64 (G,), the rows of the logits that are meant, all in order if None. k:
-    `MOST` at most, or as many as given tokens. Two launches."""
+    """See `ops.sampling.token_logprobs`; two launches. More than `MOST` of the likeliest tokens are the reference's."""
     rows, vocab = token_G.shape[0], logits_SV.shape[1]
     device, (stride, width, unit) = logits_SV.device, Lines.of(logits_SV)
     given_GK = None if isinstance(top, int) else top.contiguous()
     count = min(top, vocab) if isinstance(top, int) else top.shape[1]
-    assert given_GK is not None or count <= MOST
+    if given_GK is None and count > MOST:
+        return reference(logits_SV, token_G, top, normalise, at_G)
     parts, tiles = split(rows, vocab)
     blocks = ceil(vocab, BLOCK)
     peaks_GN = torch.empty((rows, blocks), dtype=torch.int64, device=device)
