@@ -48,7 +48,7 @@ class Texts:
 
     def __init__(self) -> None:
         self.groups: list[tuple[Tensor, int, int]] | None = None
-        self.masks: dict[tuple[int, int], Tensor | None] = {}
+        self.masks: dict[tuple[Any, int], Tensor | None] = {}
 
     def set(self, lengths: Sequence[int], device: torch.device) -> None:
         begins = [end - length for end, length in zip(accumulate(lengths), lengths, strict=True)]
@@ -62,7 +62,7 @@ class Texts:
         """Which keys each query of a text sees; None: all."""
         if rule is None:
             return None
-        key = (id(rule), length)
+        key = (rule, length)
         if key not in self.masks:
             q, k = torch.arange(length, device=device)[:, None], torch.arange(length, device=device)[None]
             zero = torch.zeros((), dtype=torch.long, device=device)
