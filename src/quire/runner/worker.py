@@ -32,7 +32,7 @@ from quire.runner.kv_store import KVStore
 from quire.runner.logits import load_processors
 from quire.runner.model_runner import ModelRunner, Pending
 from quire.runner.pooler import Pooler
-from quire.runner.pooling_runner import PendingPooled, PoolingRunner
+from quire.runner.pooling_runner import EncoderRunner, Encodes, PendingPooled, PoolingRunner
 from quire.runner.replay import make_replay
 from quire.runner.replayed import NoReplay, Replay
 from quire.runner.sampler import Sampler, SamplingOps
@@ -70,7 +70,16 @@ class Worker:
         if rank == 0:
             estimate.announce(config)
         model = load_model(config, self.device, self.ops)
-        self.kv_groups: tuple[KVGroup, ...] = kv_groups(arch, config.model.max_model_len)
+        self._replay: Replay = NoReplay()
+        self._runner: ModelRunner | PoolingRunner | EncoderRunner
+        if config.pooling is not None and not config.pooling.causal:
+            encoder = cast(Encodes, model)
+            self.kv_groups: tuple[KVGroup, ...] = ()
+            self.num_blocks = self.num_host_blocks = 0
+            self._runner = EncoderRunner(encoder, Pooler(encoder, config.pooling, self.device), self.device)
+            ahead.close()
+            return
+        self.kv_groups = kv_groups(arch, config.model.max_model_len)
         kv_dtype = KV_DTYPES[config.cache.kv_cache_dtype]
         ahead = ahead.serves(self.ops, kv_dtype)
         with ahead:
@@ -87,8 +96,6 @@ class Worker:
                 f"{self.num_blocks} KV blocks on the device and {self.num_host_blocks} on the host cannot be allocated "
                 f"({str(error).splitlines()[0]}): lower gpu_memory_utilization, kv_cache_memory_bytes or swap_space"
             ) from error
-        self._replay: Replay = NoReplay()
-        self._runner: ModelRunner | PoolingRunner
         if isinstance(model, PoolingModel):
             self._runner = self._pooling(config, model, store)
         else:
