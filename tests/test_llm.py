@@ -351,9 +351,11 @@ def test_wrong_types_are_one_line(make: Callable[..., LLM], call: Callable[[LLM]
 
 def test_methods_that_are_not_here_say_why(make: Callable[..., LLM]) -> None:
     llm = make()
-    assert not hasattr(llm, "embed")
-    with pytest.raises(AttributeError, match=r"LLM.embed is not in quire: .*pooling"):
-        llm.embed("a")
+    assert not hasattr(llm, "reward")
+    with pytest.raises(AttributeError, match=r"LLM.reward is not in quire: .*token_classify"):
+        llm.reward("a")
+    with pytest.raises(ClientError, match="generates text: to embed with it, make the engine with runner='pooling'"):
+        llm.embed([[5]])
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         llm.nothing()
 

@@ -1,11 +1,12 @@
 """Attention over pages on a GPU: right at real sizes, and how near to what the memory or the matrix units give.
 
-    python benchmarks/gpu/attention.py [--out FOLDER] [--check] [--time] [--invariant]
+    python benchmarks/gpu/attention.py [--out FOLDER] [--check] [--time] [--invariant] [--models 8B]
 
 Of the implementation "triton", or of "invariant". Without --check and --time, both.
-Checks: against the reference in float32, over shapes, types, windows, page sizes, long rows.
+Checks: against the reference in float32, over shapes, types, windows, page sizes, long rows, rows that share pages.
 Times: a layer's call in a captured graph of several layers, each with keys and values of its own; decodes against the
-bytes of keys and values at READ, prompts against the matrix units' PRODUCT (causal: half of the square).
+bytes of keys and values at READ (those of a shared prefix once), prompts against the matrix units' PRODUCT (causal:
+half of the square).
 """
 
 from __future__ import annotations
@@ -33,13 +34,14 @@ DEVICE = torch.device("cuda")
 
 @dataclass
 class Work:
-    """One step over `layers` layers: rows of (length, count of queries)."""
+    """One step over `layers` layers: rows of (length, count of queries), which share the first `prefix` tokens."""
 
     rows: Sequence[tuple[int, int]]
     heads: int
     kv_heads: int
     size: int
     block: int = 16
+    prefix: int = 0
     layers: int = 1
     dtype: torch.dtype = torch.bfloat16
     captured: bool = False
@@ -54,6 +56,7 @@ class Work:
         tables = torch.zeros((len(self.rows), width), dtype=torch.int32)
         for row, count in enumerate(used):
             tables[row, :count] = torch.tensor([ids.pop() for _ in range(count)], dtype=torch.int32)
+        tables[:, : self.prefix // self.block] = tables[0, : self.prefix // self.block]
         shape = (2, max(1, sum(used)), self.block, self.kv_heads, self.size)
         self.kv = [torch.randn(shape, dtype=self.dtype, device=DEVICE) for _ in range(self.layers)]
         total = sum(count for _, count in self.rows)
@@ -81,7 +84,8 @@ class Work:
     @property
     def bytes(self) -> int:
         """Of keys and values that a layer must read."""
-        return 2 * sum(n for n, _ in self.rows) * self.kv_heads * self.size * self.kv[0].element_size()
+        tokens = sum(n - self.prefix for n, _ in self.rows) + self.prefix
+        return 2 * tokens * self.kv_heads * self.size * self.kv[0].element_size()
 
     @property
     def operations(self) -> float:
@@ -128,6 +132,14 @@ DECODES: list[tuple[str, list[tuple[int, int]], int]] = [
     ("1024 x 128-1500", lengths(1024, 128, 1500), 2),
     ("255 x 256, 1 x 32768", [(32768, 1)] + [(256, 1)] * 255, 4),
 ]
+PREFIXES: list[tuple[str, list[tuple[int, int]], int, int]] = [
+    ("64 x 4160, 4096 shared", [(4160, 1)] * 64, 4096, 8),
+    ("64 x 1100, 1024 shared", [(1100, 1)] * 64, 1024, 8),
+    ("64 x 600, 512 shared", [(600, 1)] * 64, 512, 8),
+    ("64 x 300, 256 shared", [(300, 1)] * 64, 256, 16),
+    ("8 x 4160, 4096 shared", [(4160, 1)] * 8, 4096, 8),
+    ("256 x 1100, 1024 shared", [(1100, 1)] * 256, 1024, 4),
+]
 PROMPTS: list[tuple[str, list[tuple[int, int]], int]] = [
     ("1 x 8192", [(8192, 8192)], 4),
     ("1 x 4096", [(4096, 4096)], 4),
@@ -146,6 +158,10 @@ CHECKS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("8B long among short", {"rows": [(32768, 1), *lengths(255, 1, 300)]}, {}),
     ("8B prompts", {"rows": [(4096, 4096), (777, 777), (2000, 300), (64, 17)]}, {}),
     ("8B chunk", {"rows": [(16384, 512)]}, {}),
+    ("8B shared", {"rows": lengths(64, 4100, 4300), "prefix": 4096}, {}),
+    ("8B shared, captured", {"rows": [*lengths(63, 4100, 4300), (4300, 4)], "prefix": 4096, "captured": True}, {}),
+    ("1B shared", {"rows": lengths(100, 1100, 1300), "prefix": 1024, "size": 64}, {}),
+    ("0.6B shared", {"rows": lengths(30, 1100, 1300), "prefix": 1024, "heads": 16}, {}),
     ("8B mixed", {"rows": [*lengths(40, 1, 900), (500, 2), (300, 4), (129, 5), (800, 800)]}, {}),
     ("window", {"rows": [*lengths(40, 1, 3000), (3000, 2500), (700, 3)]}, {"window": 512}),
     ("softcap", {"rows": [*lengths(40, 1, 900), (700, 700)]}, {"softcap": 20.0}),
@@ -181,9 +197,10 @@ def check(kernel: Callable[..., Tensor] = attention) -> list[dict[str, Any]]:
     return rows
 
 
-def time_all(kernel: Callable[..., Tensor] = attention) -> list[dict[str, Any]]:
+def time_all(kernel: Callable[..., Tensor] = attention, models: Sequence[str] = tuple(SHAPES)) -> list[dict[str, Any]]:
     rows = []
-    for model, (heads, kv_heads, size) in SHAPES.items():
+    shapes = {model: SHAPES[model] for model in models}
+    for model, (heads, kv_heads, size) in shapes.items():
         for name, lens, layers in DECODES:
             work = Work(lens, heads, kv_heads, size, layers=layers, captured=True, kernel=kernel)
             us = per_layer(work.step, layers)
@@ -191,7 +208,14 @@ def time_all(kernel: Callable[..., Tensor] = attention) -> list[dict[str, Any]]:
             rows.append({"model": model, "work": name, "us": us, "GB/s": rate / 1e9, "of bound": rate / READ})
             print(f"{model:5} {name:22} {us:8.1f} us {rate / 1e9:6.0f} GB/s {rate / READ:6.1%}", flush=True)
             del work
-    for model, (heads, kv_heads, size) in SHAPES.items():
+        for name, lens, prefix, layers in PREFIXES:
+            work = Work(lens, heads, kv_heads, size, prefix=prefix, layers=layers, captured=True, kernel=kernel)
+            us = per_layer(work.step, layers)
+            rate = work.bytes / us * 1e6
+            rows.append({"model": model, "work": name, "us": us, "GB/s": rate / 1e9, "of bound": rate / READ})
+            print(f"{model:5} {name:22} {us:8.1f} us {rate / 1e9:6.0f} GB/s {rate / READ:6.1%}", flush=True)
+            del work
+    for model, (heads, kv_heads, size) in shapes.items():
         for name, lens, layers in PROMPTS:
             work = Work(lens, heads, kv_heads, size, layers=layers, kernel=kernel)
             us = per_layer(work.step, layers, 7)
@@ -208,12 +232,13 @@ def main() -> None:
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--time", action="store_true")
     parser.add_argument("--invariant", action="store_true")
+    parser.add_argument("--models", default=",".join(SHAPES), help="whose shapes are timed")
     args = parser.parse_args()
     kernel = invariant_attention if args.invariant else attention
     both = not (args.check or args.time)
     with torch.inference_mode():
         checks = check(kernel) if args.check or both else []
-        times = time_all(kernel) if args.time or both else []
+        times = time_all(kernel, args.models.split(",")) if args.time or both else []
     report = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "checks": checks, "times": times}
     if args.out is not None:
         (args.out / "attention.json").write_text(json.dumps(report, indent=1))

@@ -1,12 +1,12 @@
 """Is it right on this GPU? Kernels against their references, tokens against Transformers, real sizes against float32.
 
-    python -m benchmarks.gpu.check [--only kernels,parity,sizes,life,determinism] [--long]
+    python -m benchmarks.gpu.check [--only kernels,parity,sizes,life,determinism,long] [--long]
 
 - kernels: `tests/ops/triton`, where the kernels run for real;
 - parity: `tests/parity/test_engine.py` on the GPU: each native architecture, float32, token by token, with preemption,
   chunks, prefix hits, forks and beams; then the same tokens with block sizes 16 and 32, with swapping, with n=8;
-- sizes: bf16 logprobs at real shapes no farther from a float32 engine's than those of plain PyTorch in bf16,
-  and at 32,000 tokens;
+- sizes: bf16 logprobs at real shapes no farther from a float32 engine's than those of plain PyTorch in bf16;
+- long: the same at 32,000 tokens;
 - determinism: `deterministic=True` gives the same tokens in any batch, in chunks, after prefix hits and preemption;
 - life: two engines in one process, memory given back, a start after SIGKILL.
 
@@ -121,9 +121,8 @@ def logprobs(model: str, prompt: list[int], **options: Any) -> torch.Tensor:
         )
 
 
-def sizes(long: bool) -> None:
+def sizes(*cases: tuple[str, int]) -> None:
     plain = {"ops": {"*": "reference"}, "enforce_eager": True}
-    cases = [("l1b", 700), ("qwen06", 700), ("l8b", 700), *([("l1b", 32_000)] if long else [])]
     for model, length in cases:
         (prompt,) = workloads.fixed(1, length, 7)
         exact = logprobs(model, prompt, dtype="float32", **plain)
@@ -220,10 +219,10 @@ def main() -> None:
     parser.add_argument("--long", action="store_true", help="32,000 tokens too")
     args = parser.parse_args()
     parts: dict[str, Callable[[], None]] = {
-        "kernels": kernels, "parity": parity, "sizes": lambda: sizes(args.long), "life": life,
-        "determinism": determinism,
+        "kernels": kernels, "parity": parity, "life": life, "determinism": determinism,
+        "sizes": lambda: sizes(("l1b", 700), ("qwen06", 700), ("l8b", 700)), "long": lambda: sizes(("l1b", 32_000)),
     }  # fmt: skip
-    for name in args.only.split(","):
+    for name in [*filter(None, args.only.split(",")), *(["long"] if args.long else [])]:
         try:
             parts[name]()
         except Exception as error:

@@ -82,9 +82,16 @@ inline V total_at(const T* x, const T* residual, T* total, int64_t d, int64_t le
     return t;
 }
 
+// What an RMSNorm gives of normed numbers: rounded, then times the weight; with a weight in float32 (QR_WIDE) unrounded.
+template <class T> inline V weighted(V x, const void* weight, bool wide, int64_t d, int64_t left) {
+    if (wide) return mul(x, load(static_cast<const float*>(weight) + d, left));
+    x = rounded<T>(x);
+    return weight ? mul(x, load(static_cast<const T*>(weight) + d, left)) : x;
+}
+
 template <class T>
-void norm_row(const T* x, const T* residual, const T* weight, const T* bias, T* y, T* total, int64_t size, float eps,
-              bool centred) {
+void norm_row(const T* x, const T* residual, const void* weight, const T* bias, T* y, T* total, int64_t size, float eps,
+              bool centred, bool wide) {
     V a = zero(), squares = zero();
     for (int64_t d = 0; d < size; d += W) {
         V t = total_at(x, residual, total, d, size - d);
@@ -113,11 +120,10 @@ void norm_row(const T* x, const T* residual, const T* weight, const T* bias, T* 
         V t = load(x + d, left);
         if (centred) {
             t = mul(sub(t, shift), scale);
-            if (weight) t = mul(t, load(weight + d, left));
+            if (weight) t = mul(t, load(static_cast<const T*>(weight) + d, left));
             if (bias) t = add(t, load(bias + d, left));
         } else {
-            t = rounded<T>(mul(t, scale));
-            if (weight) t = mul(t, load(weight + d, left));
+            t = weighted<T>(mul(t, scale), weight, wide, d, left);
         }
         store(y + d, t, left);
     }
@@ -134,9 +140,8 @@ template <class T> void norm_rows(const qr_op& op, Context& c, bool centred) {
         for (int64_t row = pieces.begin(piece); row < pieces.end(piece); row++) {
             int64_t t = row / heads, h = row % heads;
             norm_row(x + t * op.i[2] + h * op.i[7], residual ? residual + t * op.i[3] : nullptr,
-                     static_cast<const T*>(op.p[2]), static_cast<const T*>(op.p[5]),
-                     y + t * op.i[4] + h * op.i[8], total ? total + t * op.i[5] : nullptr, size, float(op.f[0]),
-                     centred);
+                     op.p[2], static_cast<const T*>(op.p[5]), y + t * op.i[4] + h * op.i[8],
+                     total ? total + t * op.i[5] : nullptr, size, float(op.f[0]), centred, op.flags & QR_WIDE);
         }
 }
 
@@ -151,6 +156,7 @@ template <class T> void activation_rows(const qr_op& op, Context& c) {
     int64_t tokens = c.count(op.i[0]), size = op.i[1];
     int kind = kind_of(op);
     bool gated = op.flags & QR_GATED;
+    float cap = kind == QR_TANH ? float(op.f[0]) : 0.0f;
     int64_t width = least(size, 1024), across = ceil_div(size, most(width, 1));
     Pieces pieces(tokens * across, 1, c.threads);
     for (int64_t piece; (piece = c.take(pieces.count)) >= 0;)
@@ -159,7 +165,8 @@ template <class T> void activation_rows(const qr_op& op, Context& c) {
             auto* x = static_cast<const T*>(op.p[0]) + t * op.i[2];
             auto* y = static_cast<T*>(op.p[1]) + t * op.i[3];
             for (int64_t d = first; d < end; d += W) {
-                V r = activate(kind, load(x + d, end - d));
+                V v = load(x + d, end - d);
+                V r = cap != 0.0f ? mul(hyperbolic(div(v, set(cap))), set(cap)) : activate(kind, v);
                 if (gated) r = mul(rounded<T>(r), load(x + size + d, end - d));
                 store(y + d, r, end - d);
             }
@@ -173,6 +180,8 @@ template <class T> void gather_rows(const qr_op& op, Context& c) {
     int64_t tokens = c.count(op.i[0]), size = op.i[1];
     auto* ids = static_cast<const int64_t*>(op.p[0]);
     auto* plus = static_cast<const T*>(op.p[3]);
+    bool scaled = op.f[0] != 0.0 && op.f[0] != 1.0;
+    V scale = set(scaled ? float(op.f[0]) : 1.0f);
     Pieces pieces(tokens, most(1, 4096 / most(size, 1)), c.threads);
     for (int64_t piece; (piece = c.take(pieces.count)) >= 0;)
         for (int64_t t = pieces.begin(piece); t < pieces.end(piece); t++) {
@@ -184,18 +193,20 @@ template <class T> void gather_rows(const qr_op& op, Context& c) {
                 V by = set(known ? static_cast<const float*>(op.p[4])[id] : 0.0f);
                 for (int64_t d = 0; d < size; d += W) {
                     V r = known ? mul(load_bytes(q + d, size - d), by) : zero();
+                    if (scaled) r = mul(rounded<T>(r), scale);
                     if (plus) r = add(rounded<T>(r), load(plus + t * op.i[6] + d, size - d));
                     store(y + d, r, size - d);
                 }
                 continue;
             }
             const T* from = static_cast<const T*>(op.p[1]) + (known ? id * op.i[3] : 0);
-            if (known && !plus) {
+            if (known && !plus && !scaled) {
                 __builtin_memcpy(y, from, size_t(size) * sizeof(T));
                 continue;
             }
             for (int64_t d = 0; d < size; d += W) {
                 V r = known ? load(from + d, size - d) : zero();
+                if (scaled) r = rounded<T>(mul(r, scale));
                 if (plus) r = add(r, load(plus + t * op.i[6] + d, size - d));
                 store(y + d, r, size - d);
             }

@@ -17,8 +17,20 @@ if TYPE_CHECKING:
     from quire.llm import LLM
     from quire.models.registry import ModelRegistry
     from quire.types.errors import ClientError, EngineError
-    from quire.types.outputs import CompletionOutput, RequestOutput
+    from quire.types.outputs import (
+        ClassificationOutput,
+        ClassificationRequestOutput,
+        CompletionOutput,
+        EmbeddingOutput,
+        EmbeddingRequestOutput,
+        PoolingOutput,
+        PoolingRequestOutput,
+        RequestOutput,
+        ScoringOutput,
+        ScoringRequestOutput,
+    )
     from quire.types.params import BeamSearchParams, SamplingParams, StructuredOutputsParams
+    from quire.types.pooling import PoolingParams
     from quire.types.prompts import PromptType, TextPrompt, TokensPrompt
 
     AsyncEngineArgs = EngineArgs
@@ -27,16 +39,25 @@ _HOMES = {
     "AsyncEngineArgs": "quire.config.args",
     "AsyncLLM": "quire.engine.async_engine",
     "BeamSearchParams": "quire.types.params",
+    "ClassificationOutput": "quire.types.outputs",
+    "ClassificationRequestOutput": "quire.types.outputs",
     "ClientError": "quire.types.errors",
     "CompletionOutput": "quire.types.outputs",
+    "EmbeddingOutput": "quire.types.outputs",
+    "EmbeddingRequestOutput": "quire.types.outputs",
     "EngineArgs": "quire.config.args",
     "EngineError": "quire.types.errors",
     "LLM": "quire.llm",
     "LLMEngine": "quire.engine.llm_engine",
     "ModelRegistry": "quire.models.registry",
+    "PoolingOutput": "quire.types.outputs",
+    "PoolingParams": "quire.types.pooling",
+    "PoolingRequestOutput": "quire.types.outputs",
     "PromptType": "quire.types.prompts",
     "RequestOutput": "quire.types.outputs",
     "SamplingParams": "quire.types.params",
+    "ScoringOutput": "quire.types.outputs",
+    "ScoringRequestOutput": "quire.types.outputs",
     "StructuredOutputsParams": "quire.types.params",
     "TextPrompt": "quire.types.prompts",
     "TokensPrompt": "quire.types.prompts",
@@ -47,15 +68,24 @@ __all__ = [
     "AsyncEngineArgs",
     "AsyncLLM",
     "BeamSearchParams",
+    "ClassificationOutput",
+    "ClassificationRequestOutput",
     "ClientError",
     "CompletionOutput",
+    "EmbeddingOutput",
+    "EmbeddingRequestOutput",
     "EngineArgs",
     "EngineError",
     "LLMEngine",
     "ModelRegistry",
+    "PoolingOutput",
+    "PoolingParams",
+    "PoolingRequestOutput",
     "PromptType",
     "RequestOutput",
     "SamplingParams",
+    "ScoringOutput",
+    "ScoringRequestOutput",
     "StructuredOutputsParams",
     "TextPrompt",
     "TokensPrompt",

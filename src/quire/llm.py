@@ -1,39 +1,51 @@
 """The offline interface: `LLM`, with vLLM's methods and argument names.
 
-Owns: batches of prompts from submission to ordered results, progress bars, and what Ctrl-C means in between. The engine
-runs in the caller's thread. Knows no scheduling and no tensors.
+Owns: batches of prompts from submission to ordered results. The engine runs in the caller's thread. Knows no
+scheduling; what a prompt was pooled to is the only tensor that it sees.
 """
 
 from __future__ import annotations
 
 import itertools
 import logging
-import signal
-import threading
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 from quire.config.args import EngineArgs
 from quire.config.resolve import resolve
 from quire.engine.chat import Message, load_template, render_chat
+from quire.engine.foreground import Interrupts, Progress, UseTqdm
 from quire.engine.inputs import Params, checked_priority, default_params
 from quire.engine.llm_engine import LLMEngine
+from quire.engine.outputs import Output
+from quire.engine.scoring import Plan as ScorePlan
 from quire.engine.stat_logger import Metric
 from quire.types.errors import ClientError, EngineError
-from quire.types.outputs import BeamSearchOutput, BeamSearchSequence, RequestOutput
+from quire.types.outputs import (
+    BeamSearchOutput,
+    BeamSearchSequence,
+    ClassificationOutput,
+    ClassificationRequestOutput,
+    EmbeddingOutput,
+    EmbeddingRequestOutput,
+    PoolingOutput,
+    PoolingRequestOutput,
+    RequestOutput,
+    ScoringOutput,
+    ScoringRequestOutput,
+    error_of,
+)
 from quire.types.params import BeamSearchParams, RequestOutputKind, SamplingParams
+from quire.types.pooling import CLASSIFY, EMBED, TASKS, PoolingParams
 from quire.types.prompts import PromptType
 from quire.utils.logging import setup_logging
 
 logger = logging.getLogger(__name__)
 
-UseTqdm = bool | Callable[..., Any]
-
 
 class LLM:
-    """A model, ready to generate.
+    """A model, ready to generate, or to embed, classify and score where it pools (`runner`).
 
     `LLM(model, **engine_args)`: the arguments are those of `EngineArgs` (docs/configuration.md lists them), named as in
     vLLM. `model` is a folder, a Hub id, or "demo", the bundled model. Raises ClientError for arguments that cannot be
@@ -61,7 +73,7 @@ class LLM:
         self.llm_engine = engine
         self._numbers = itertools.count()
         self._enqueued: list[str] = []
-        self._done: dict[str, RequestOutput] = {}
+        self._done: dict[str, Output] = {}
 
     def generate(
         self,
@@ -96,7 +108,7 @@ class LLM:
         if prompts is None:
             raise ClientError("prompts is missing", "prompts")
         special = _add_special_tokens(tokenization_kwargs)
-        return self._batch(_listed(prompts), sampling_params, use_tqdm, lora_request, priority, special)
+        return _texts(self._batch(_listed(prompts), sampling_params, use_tqdm, lora_request, priority, special))
 
     def chat(
         self,
@@ -131,7 +143,7 @@ class LLM:
             tools=tools,
             template_kwargs=chat_template_kwargs,
         )
-        return self._batch(prompts, sampling_params, use_tqdm, lora_request, priority, special)
+        return _texts(self._batch(prompts, sampling_params, use_tqdm, lora_request, priority, special))
 
     def beam_search(
         self,
@@ -155,8 +167,129 @@ class LLM:
         outputs: list[RequestOutput] = []
         for i in range(0, len(listed), size):
             some = None if priority is None else priority[i : i + size]
-            outputs += self._batch(listed[i : i + size], params, use_tqdm, lora_request, some, True)
+            outputs += _texts(self._batch(listed[i : i + size], params, use_tqdm, lora_request, some, True))
         return [_beams(output) for output in outputs]
+
+    def encode(
+        self,
+        prompts: PromptType | Sequence[PromptType],
+        pooling_params: PoolingParams | Sequence[PoolingParams] | None = None,
+        *,
+        use_tqdm: UseTqdm = True,
+        lora_request: Any = None,
+        pooling_task: str | None = None,
+        truncate_prompt_tokens: int | None = None,
+        tokenization_kwargs: Mapping[str, Any] | None = None,
+        priority: Sequence[int] | None = None,
+    ) -> list[PoolingRequestOutput[PoolingOutput]]:
+        """The vectors of each prompt, as tensors: one ("embed", "classify") or one for each of its tokens
+        ("token_embed", "token_classify"), as `pooling_task` or `PoolingParams.task` says. For the rest see `generate`.
+
+        Args:
+            truncate_prompt_tokens: see `PoolingParams`.
+            tokenization_kwargs: `add_special_tokens` (default True), `truncate_prompt_tokens`, `truncation_side`.
+        """
+        if pooling_task is not None and pooling_task not in TASKS:
+            text = f"pooling_task must be one of {', '.join(TASKS)}, got {pooling_task!r}"
+            raise ClientError(text, "pooling_task", pooling_task)
+        known = self.llm_engine.config.pooling
+        single = pooling_params if isinstance(pooling_params, PoolingParams) else None
+        several = isinstance(pooling_params, list | tuple)
+        if pooling_task is None and known is not None and not several and (single is None or single.task is None):
+            named = ", ".join(known.tasks)
+            raise ClientError(f"encode needs pooling_task: this model has {named}", "pooling_task")
+        found = self._pool(
+            prompts, pooling_params, pooling_task, use_tqdm, lora_request, priority, truncate_prompt_tokens,
+            tokenization_kwargs,
+        )  # fmt: skip
+        import torch
+
+        for output in found:
+            output.outputs.data = torch.tensor(output.outputs.data)
+        return found
+
+    def embed(
+        self,
+        prompts: PromptType | Sequence[PromptType],
+        *,
+        use_tqdm: UseTqdm = True,
+        pooling_params: PoolingParams | Sequence[PoolingParams] | None = None,
+        lora_request: Any = None,
+        truncate_prompt_tokens: int | None = None,
+        tokenization_kwargs: Mapping[str, Any] | None = None,
+        priority: Sequence[int] | None = None,
+    ) -> list[EmbeddingRequestOutput]:
+        """The embedding of each prompt; see `encode`."""
+        found = self._pool(
+            prompts, pooling_params, EMBED, use_tqdm, lora_request, priority, truncate_prompt_tokens,
+            tokenization_kwargs,
+        )  # fmt: skip
+        return [_as(EmbeddingRequestOutput, o, EmbeddingOutput(o.outputs.data.tolist())) for o in found]
+
+    def classify(
+        self,
+        prompts: PromptType | Sequence[PromptType],
+        *,
+        use_tqdm: UseTqdm = True,
+        pooling_params: PoolingParams | Sequence[PoolingParams] | None = None,
+        lora_request: Any = None,
+        truncate_prompt_tokens: int | None = None,
+        tokenization_kwargs: Mapping[str, Any] | None = None,
+        priority: Sequence[int] | None = None,
+    ) -> list[ClassificationRequestOutput]:
+        """The probabilities of each prompt's classes; see `encode`."""
+        found = self._pool(
+            prompts, pooling_params, CLASSIFY, use_tqdm, lora_request, priority, truncate_prompt_tokens,
+            tokenization_kwargs,
+        )  # fmt: skip
+        return [_as(ClassificationRequestOutput, o, ClassificationOutput(o.outputs.data.tolist())) for o in found]
+
+    def score(
+        self,
+        data_1: Any,
+        data_2: Any,
+        /,
+        *,
+        use_tqdm: UseTqdm = True,
+        pooling_params: PoolingParams | None = None,
+        lora_request: Any = None,
+        truncate_prompt_tokens: int | None = None,
+        tokenization_kwargs: Mapping[str, Any] | None = None,
+        chat_template: str | None = None,
+        priority: int = 0,
+    ) -> list[ScoringRequestOutput]:
+        """How well texts belong together, pair by pair: one with one, one with each of several, or several with as
+        many. A model that classifies pairs (one label) sees both texts at once; of an embedder it is the cosine.
+        `chat_template`: Jinja source or a file, which writes the roles `query` and `document` as one prompt."""
+        engine = self.llm_engine
+        template = chat_template or engine.config.model.chat_template
+        params = _pooling_kwargs(pooling_params or PoolingParams(), truncate_prompt_tokens, tokenization_kwargs)
+        plan = ScorePlan(engine.config, engine.tokenizer, data_1, data_2, params, template)
+        ranks = [priority] * len(plan.prompts)
+        outputs = self._batch(plan.prompts, plan.params, use_tqdm, lora_request, ranks, plan.add_special_tokens)
+        return [_as(ScoringRequestOutput, o, ScoringOutput(score)) for o, score in plan.scores(_vectors(outputs))]
+
+    def _pool(
+        self,
+        prompts: PromptType | Sequence[PromptType],
+        params: PoolingParams | Sequence[PoolingParams] | None,
+        task: str | None,
+        use_tqdm: UseTqdm,
+        lora_request: Any,
+        priority: Sequence[int] | None,
+        truncate: int | None,
+        kwargs: Mapping[str, Any] | None,
+    ) -> list[PoolingRequestOutput[PoolingOutput]]:
+        listed = _listed(prompts)
+        given: list[Any] = list(params) if isinstance(params, list | tuple) else [params or PoolingParams()]
+        each = [_pooling_kwargs(one, truncate, kwargs) for one in given]
+        for one in each:
+            if task is not None and one.task not in (None, task):
+                raise ClientError(f"task={one.task!r} of the pooling_params contradicts {task!r}", "task", one.task)
+            one.task = task or one.task
+        many: Any = each if isinstance(params, list | tuple) else each[0]
+        special = bool((kwargs or {}).get("add_special_tokens", True))
+        return _vectors(self._batch(listed, many, use_tqdm, lora_request, priority, special))
 
     def enqueue(
         self,
@@ -193,9 +326,9 @@ class LLM:
 
     def wait_for_completion(self, output_type: type | None = None, *, use_tqdm: UseTqdm = True) -> list[RequestOutput]:
         """The results of everything enqueued so far, in the order in which it was."""
-        with _Interrupts() as interrupts:
+        with Interrupts() as interrupts:
             ids, self._enqueued = self._enqueued, []
-            return self._wait(ids, use_tqdm, interrupts)
+            return _texts(self._wait(ids, use_tqdm, interrupts))
 
     def get_tokenizer(self) -> Any:
         """The model's tokenizer, as an object of Transformers."""
@@ -264,8 +397,8 @@ class LLM:
         lora_request: Any,
         priority: Sequence[int] | None,
         add_special_tokens: bool,
-    ) -> list[RequestOutput]:
-        with _Interrupts() as interrupts:
+    ) -> list[Output]:
+        with Interrupts() as interrupts:
             ids = self._submit(prompts, params, lora_request, priority, add_special_tokens)
             return self._wait(ids, use_tqdm, interrupts)
 
@@ -299,10 +432,10 @@ class LLM:
             raise
         return ids
 
-    def _wait(self, ids: Sequence[str], use_tqdm: UseTqdm, interrupts: _Interrupts) -> list[RequestOutput]:
+    def _wait(self, ids: Sequence[str], use_tqdm: UseTqdm, interrupts: Interrupts) -> list[Output]:
         """Step until all of `ids` have ended. Others that end meanwhile are kept for those who ask for them."""
         engine, waiting = self.llm_engine, {i for i in ids if i not in self._done}
-        bar = _Progress(use_tqdm, len(ids))
+        bar = Progress(use_tqdm, len(ids))
         try:
             for i in ids:
                 if i in self._done:
@@ -325,9 +458,8 @@ class LLM:
             bar.close()
         outputs = [self._done.pop(i) for i in ids]
         for output in outputs:
-            failed = next((o for o in output.outputs if o.finish_reason == "error"), None)
-            if failed is not None:
-                logger.error("request %s failed: %s", output.request_id, failed.stop_reason)
+            if (failed := error_of(output)) is not None:
+                logger.error("request %s failed: %s", output.request_id, failed)
         return outputs
 
     def _abort(self, ids: Sequence[str]) -> None:
@@ -342,9 +474,8 @@ class LLM:
             self._done.pop(i, None)
 
 
-_POOLING = "it generates text only, and has no pooling models"
 _NOT_HERE = {  # methods of vLLM's LLM
-    **dict.fromkeys(("encode", "embed", "classify", "score", "reward"), _POOLING),
+    "reward": "use encode(prompts, pooling_task='token_classify')",
     **dict.fromkeys(("sleep", "wake_up"), "sleep mode is not there yet; `close` releases the memory"),
     **dict.fromkeys(("start_profile", "stop_profile"), "put torch.profiler.profile() around the call"),
     **dict.fromkeys(("collective_rpc", "apply_model"), "workers take no calls of the user's"),
@@ -353,64 +484,42 @@ _NOT_HERE = {  # methods of vLLM's LLM
 }
 
 
-class _Progress:
-    """A bar that counts finished requests, with the rates of tokens in and out. Made by `use_tqdm`, if that is true."""
-
-    def __init__(self, use_tqdm: UseTqdm, total: int) -> None:
-        self._bar: Any = None
-        self._begin, self._tokens_in, self._tokens_out = time.perf_counter(), 0, 0
-        if not use_tqdm or not total:
-            return
-        if use_tqdm is True:
-            from tqdm.auto import tqdm as use_tqdm
-        text = "input: 0.00 toks/s, output: 0.00 toks/s"
-        self._bar = use_tqdm(total=total, desc="Processed prompts", dynamic_ncols=True, postfix=text)
-
-    def update(self, output: RequestOutput) -> None:
-        if self._bar is None:
-            return
-        self._tokens_in += len(output.prompt_token_ids)
-        self._tokens_out += sum(len(o.token_ids) for o in output.outputs)
-        seconds = max(time.perf_counter() - self._begin, 1e-9)
-        rates = f"input: {self._tokens_in / seconds:.2f} toks/s, output: {self._tokens_out / seconds:.2f} toks/s"
-        self._bar.set_postfix_str(rates, refresh=False)
-        self._bar.update(1)
-
-    def close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
+def _texts(outputs: Sequence[Output]) -> list[RequestOutput]:
+    return [output for output in outputs if isinstance(output, RequestOutput)]
 
 
-class _Interrupts:
-    """While it is entered, the first Ctrl-C is only noted, so that it cannot tear a step apart; `check` raises it
-    between steps. A second one interrupts at once. Does nothing outside the main thread, or where the program handles
-    the signal itself."""
+def _vectors(outputs: Sequence[Output]) -> list[PoolingRequestOutput[PoolingOutput]]:
+    """Raises EngineError where one of them has none."""
+    found = [output for output in outputs if isinstance(output, PoolingRequestOutput)]
+    for output in found:
+        if output.error is not None:
+            raise EngineError(f"request {output.request_id!r}: {output.error}")
+    return found
 
-    def __init__(self) -> None:
-        self._noted = False
-        self._mine = False
 
-    def __enter__(self) -> _Interrupts:
-        main = threading.current_thread() is threading.main_thread()
-        if main and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-            signal.signal(signal.SIGINT, self._note)
-            self._mine = True
-        return self
+Kind = TypeVar("Kind", bound=PoolingRequestOutput[Any])
 
-    def __exit__(self, kind: type[BaseException] | None, e: BaseException | None, trace: TracebackType | None) -> None:
-        if self._mine:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-        if kind is None:
-            self.check()
 
-    def _note(self, number: int, frame: Any) -> None:
-        if self._noted:
-            raise KeyboardInterrupt
-        self._noted = True
+def _as(kind: type[Kind], output: PoolingRequestOutput[Any], outputs: Any) -> Kind:
+    cached, metrics = output.num_cached_tokens, output.metrics
+    return kind(output.request_id, outputs, output.prompt_token_ids, output.finished, cached, metrics)
 
-    def check(self) -> None:
-        if self._noted:
-            raise KeyboardInterrupt
+
+def _pooling_kwargs(given: Any, truncate: int | None, kwargs: Mapping[str, Any] | None) -> PoolingParams:
+    """A copy of the parameters with what was said beside them. Errors: ClientError."""
+    if not isinstance(given, PoolingParams):
+        text = f"pooling_params must be PoolingParams, got {type(given).__name__}"
+        raise ClientError(text, "pooling_params", given)
+    params = given.clone()
+    if kwargs is not None and not isinstance(kwargs, Mapping):
+        raise ClientError(f"tokenization_kwargs must be a dict, got {kwargs!r}", "tokenization_kwargs", kwargs)
+    for name, value in {"truncate_prompt_tokens": truncate, **(kwargs or {})}.items():
+        if name not in ("truncate_prompt_tokens", "truncation_side", "add_special_tokens"):
+            text = f"tokenization_kwargs: {name!r} is not supported; for lengths use truncate_prompt_tokens"
+            raise ClientError(text, "tokenization_kwargs", name)
+        if name != "add_special_tokens" and value is not None:
+            setattr(params, name, value)
+    return params
 
 
 def _listed(prompts: Any) -> list[Any]:

@@ -228,7 +228,7 @@ def test_seed_names_and_logprobs(make_checkpoint: Make) -> None:
     model = resolve(EngineArgs(model=folder, served_model_name=["a", "b"]), machine=CPU).model
     assert (model.seed, model.served_model_names, model.tokenizer) == (0, ("a", "b"), folder)
     assert "vocabulary's 128" in str(refusal(model=folder, max_logprobs=129))
-    assert "not yet" in str(refusal(model=folder, model_impl="transformers"))
+    assert model.model_impl == "quire"
 
 
 def test_bad_model_folders(make_checkpoint: Make, tmp_path: Path) -> None:

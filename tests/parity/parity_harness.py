@@ -64,6 +64,19 @@ _GPT2 = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+_FALCON = {
+    "hidden_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "vocab_size": 199,
+    "max_position_embeddings": 512,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_MPT = {"d_model": 48, "n_layers": 3, "n_heads": 4, "vocab_size": 199, "max_seq_len": 512, "eos_token_id": 2}
+_GEMMA = {**_LLAMA, "head_dim": 16, "tie_word_embeddings": True}
+_GEMMA2 = {**_GEMMA, "num_hidden_layers": 4, "sliding_window": 10, "query_pre_attn_scalar": 20}
+_MOE = {**_LLAMA, "moe_intermediate_size": 40, "num_experts": 6, "num_experts_per_tok": 2}
 _BASES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "llama": ("LlamaForCausalLM", _LLAMA),
     "mistral": ("MistralForCausalLM", {**_LLAMA, "sliding_window": 20}),
@@ -71,6 +84,15 @@ _BASES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "qwen3": ("Qwen3ForCausalLM", {**_LLAMA, "head_dim": 16}),
     "opt": ("OPTForCausalLM", _OPT),
     "gpt2": ("GPT2LMHeadModel", _GPT2),
+    "falcon": ("FalconForCausalLM", _FALCON),
+    "mpt": ("MptForCausalLM", _MPT),
+    "phi3": ("Phi3ForCausalLM", _LLAMA),
+    "gemma": ("GemmaForCausalLM", _GEMMA),
+    "gemma2": ("Gemma2ForCausalLM", _GEMMA2),
+    "gemma3": ("Gemma3ForCausalLM", _GEMMA2),
+    "mixtral": ("MixtralForCausalLM", {**_LLAMA, "num_local_experts": 5, "num_experts_per_tok": 2}),
+    "qwen2_moe": ("Qwen2MoeForCausalLM", {**_MOE, "shared_expert_intermediate_size": 56}),
+    "qwen3_moe": ("Qwen3MoeForCausalLM", {**_MOE, "head_dim": 16}),
 }
 
 
@@ -93,23 +115,30 @@ def make_checkpoint(root: Path, arch: str, **overrides: Any) -> Path:
 def liven(model: nn.Module) -> None:
     """Random weights of such size that each layer matters and greedy decoding does not repeat itself."""
     tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    gemma = model.config.model_type.startswith("gemma")
+    middle = 0.0 if gemma else 1.0  # Gemma's norms add theirs to 1
+    embedding = 1.0 if not tied else 0.5 if not gemma else 0.1  # Gemma scales its own
     for name, parameter in model.named_parameters():
         if parameter.dim() == 1:
             norm = name.endswith("weight")
-            parameter.normal_(1.0 if norm else 0.0, 0.3 if norm else 0.1)
+            parameter.normal_(middle if norm else 0.0, 0.3 if norm else 0.1)
         elif "embed" in name or "wte" in name or "wpe" in name:
-            parameter.normal_(0, 0.5 if tied else 1.0)
+            parameter.normal_(0, embedding)
         else:
-            fan_in = parameter.shape[0] if "c_" in name else parameter.shape[1]
+            fan_in = parameter.shape[0] if "c_" in name else parameter.shape[-1]
             parameter.normal_(0, 2.0 / fan_in**0.5)
 
 
 class Judge:
-    """Transformers' answers for one checkpoint, float32, eager attention."""
+    """Transformers' answers for one checkpoint, float32, eager attention (but for Falcon, whose adds ALiBi twice)."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, trust_remote_code: bool = False) -> None:
+        falcon = json.loads((folder / "config.json").read_text())["model_type"] == "falcon"
         self.model: Any = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, attn_implementation="eager"
+            folder,
+            dtype=torch.float32,
+            attn_implementation="sdpa" if falcon else "eager",
+            trust_remote_code=trust_remote_code,
         ).eval()
         self._known: dict[tuple[int, ...], Tensor] = {}
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 import random
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,15 @@ LONG = {"original_max_position_embeddings": 64, "rope_theta": 10000.0}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, **LONG}
 YARN = {"rope_type": "yarn", "factor": 4.0, **LONG}
 MIXED = {"num_hidden_layers": 4, "use_sliding_window": True, "sliding_window": 9}
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "short_factor": [1.0, 1.1, 1.3, 1.7, 2.0, 2.5],
+    "long_factor": [1.5, 2.0, 3.0, 4.0, 5.0, 8.0],
+}
+FALCON_RW = {"alibi": True, "multi_query": False, "parallel_attn": False, "bias": True}
+LOCAL = {"layer_types": ["sliding_attention", "full_attention"] * 2}
+CAPS = {"attn_logit_softcapping": 4.0, "final_logit_softcapping": 0.5}
 ODD = {"hidden_size": 40, "num_attention_heads": 5, "num_key_value_heads": 1, "head_dim": 10}
 CASES: list[tuple[str, str, dict[str, Any]]] = [
     ("llama", "grouped", {}),
@@ -43,22 +52,44 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
     ("opt", "350m", {"word_embed_proj_dim": 24, "do_layer_norm_before": False}),
     ("gpt2", "plain", {}),
     ("gpt2", "scaled-untied", {"scale_attn_by_inverse_layer_idx": True, "tie_word_embeddings": False}),
+    ("falcon", "7b", {"num_attention_heads": 3}),
+    ("falcon", "40b", {"new_decoder_architecture": True, "num_kv_heads": 2}),
+    ("falcon", "rw", FALCON_RW),
+    ("mpt", "alibi", {"n_heads": 3}),
+    ("mpt", "clipped", {"attn_config": {"clip_qkv": 1.5}, "tie_word_embeddings": False}),
+    ("phi3", "window", {"sliding_window": 9}),
+    ("phi3", "longrope-within", {"rope_parameters": LONGROPE, "original_max_position_embeddings": 128}),
+    (
+        "phi3",
+        "longrope-beyond",
+        {"rope_parameters": {**LONGROPE, "attention_factor": 1.1}, "original_max_position_embeddings": 16},
+    ),
+    ("mixtral", "experts", {}),
+    ("qwen2_moe", "shared-expert", {"decoder_sparse_step": 2, "num_hidden_layers": 4}),
+    ("qwen3_moe", "experts", {"norm_topk_prob": True}),
+    ("gemma", "1", {"num_key_value_heads": 1}),
+    ("gemma2", "soft-caps", CAPS),
+    ("gemma3", "local-and-global", LOCAL),
 ]
 IDS = [f"{arch}-{name}" for arch, name, _ in CASES]
 LENGTHS = (1, 2, 3, 5, 8, 13, 21, 34, 55, 89, 4, 17)
 MAX_LEN, BLOCK, NEW = 128, 4, 18
 
 
-@contextmanager
-def engine(folder: Path, **changes: Any) -> Iterator[LLM]:
+def engine(folder: Path, **changes: Any) -> AbstractContextManager[LLM]:
     """Room for one longest sequence and little more in each group, and steps shorter than most prompts."""
     groups = harness.kv_groups(harness.config_for(folder).model.arch, MAX_LEN)
     longest = sum(MAX_LEN if group.window is None else group.window + 24 for group in groups)
+    return engine_of(folder, **{"num_gpu_blocks_override": longest // BLOCK + 3 * len(groups), **changes})
+
+
+@contextmanager
+def engine_of(folder: Path, **changes: Any) -> Iterator[LLM]:
+    """Short steps, small blocks, and whatever pool is asked for."""
     settings: dict[str, Any] = {
         "dtype": "float32",
         "max_model_len": MAX_LEN,
         "block_size": BLOCK,
-        "num_gpu_blocks_override": longest // BLOCK + 3 * len(groups),
         "max_num_batched_tokens": 24,
         "max_num_seqs": 8,
         "enable_prefix_caching": True,

@@ -23,6 +23,15 @@ LONG = {"original_max_position_embeddings": 64, "rope_theta": 10000.0}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, **LONG}
 YARN = {"rope_type": "yarn", "factor": 4.0, **LONG}
 MSCALE = {"mscale": 0.7, "mscale_all_dim": 1.0, "beta_fast": 16, "beta_slow": 2, "truncate": False}
+FALCON_RW = {"alibi": True, "multi_query": False, "parallel_attn": False, "bias": True}
+NEW_DECODER = {"new_decoder_architecture": True, "num_kv_heads": 2}
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "short_factor": [1.0, 1.1, 1.3, 1.7, 2.0, 2.5],
+    "long_factor": [1.5, 2.0, 3.0, 4.0, 5.0, 8.0],
+}
+LAYERS = ["sliding_attention", "full_attention", "sliding_attention", "sliding_attention"]
 NARROW = {"word_embed_proj_dim": 24, "do_layer_norm_before": False}
 
 CASES: list[tuple[str, str, dict[str, Any]]] = [
@@ -71,6 +80,55 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
     ("gpt2", "plain", {}),
     ("gpt2", "scaled", {"scale_attn_by_inverse_layer_idx": True, "n_inner": 80, "activation_function": "gelu"}),
     ("gpt2", "unscaled-untied", {"scale_attn_weights": False, "tie_word_embeddings": False, "n_head": 4}),
+    ("falcon", "7b", {"num_attention_heads": 3}),
+    (
+        "falcon",
+        "7b-biases",
+        {"bias": True, "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e3}},
+    ),
+    (
+        "falcon",
+        "7b-alibi-serial",
+        {"alibi": True, "parallel_attn": False, "num_attention_heads": 6, "tie_word_embeddings": False},
+    ),
+    ("falcon", "40b", NEW_DECODER),
+    ("falcon", "11b-one-norm", {**NEW_DECODER, "num_ln_in_parallel_attn": 1, "tie_word_embeddings": False}),
+    ("falcon", "rw", FALCON_RW),
+    ("mpt", "alibi", {}),
+    ("mpt", "clipped", {"attn_config": {"clip_qkv": 1.5, "softmax_scale": 0.3}, "tie_word_embeddings": False}),
+    ("mpt", "odd-heads", {"n_heads": 3, "tie_word_embeddings": False}),
+    ("phi3", "packed", {"num_key_value_heads": 4}),
+    ("phi3", "window", {"sliding_window": 9, "num_key_value_heads": 1}),
+    ("phi3", "partial-rotary", {"rope_parameters": {"partial_rotary_factor": 0.5, "rope_theta": 1e4}}),
+    ("phi3", "longrope-beyond", {"rope_parameters": LONGROPE, "original_max_position_embeddings": 12}),
+    ("mixtral", "experts", {}),
+    ("mixtral", "window-one-expert", {"sliding_window": 9, "num_experts_per_tok": 1}),
+    ("qwen2_moe", "shared-expert", {}),
+    ("qwen2_moe", "windows", {"use_sliding_window": True, "sliding_window": 9, "norm_topk_prob": True}),
+    ("qwen2_moe", "some-layers-dense", {"decoder_sparse_step": 2, "num_hidden_layers": 4, "mlp_only_layers": [3]}),
+    ("qwen3_moe", "experts", {"norm_topk_prob": True}),
+    ("qwen3_moe", "unnormalised", {"mlp_only_layers": [1], "num_experts_per_tok": 5}),
+    ("gemma", "1", {}),
+    ("gemma", "1-multi-query-wide", {"num_key_value_heads": 1, "head_dim": 20, "hidden_act": "gelu"}),
+    ("gemma2", "soft-caps", {"attn_logit_softcapping": 4.0, "final_logit_softcapping": 0.5}),
+    (
+        "gemma2",
+        "no-soft-caps",
+        {"attn_logit_softcapping": None, "final_logit_softcapping": None, "layer_types": LAYERS},
+    ),
+    ("gemma3", "local-and-global", {"layer_types": LAYERS}),
+    (
+        "gemma3",
+        "ropes",
+        {
+            "layer_types": LAYERS,
+            "final_logit_softcapping": 0.8,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 3e3},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 70.0},
+            },
+        },
+    ),
 ]
 SHARE = 1e-5  # of the logits' spread: what two orders of summing float32 come to
 LENGTHS = {"a": 1, "b": 2, "c": 5, "d": 16, "e": 33, "f": 70}

@@ -544,7 +544,7 @@ def test_a_faulty_engine_processor_fails_the_row_at_fault(fail):
 def test_processors_are_found(monkeypatch):
     point = EntryPoint("boost", f"{__name__}:Booster", "quire.logits_processors")
     monkeypatch.setattr(point.__class__, "load", lambda self: Booster)
-    monkeypatch.setattr(processors_module, "entry_points", lambda group: [point] if group == point.group else [])
+    monkeypatch.setattr(processors_module.plugins, "found", lambda group: [point] if group == point.group else [])
     found = load_processors([Booster], V, torch.device("cpu"))
     assert [type(p) for p in found] == [Booster, Booster]
     with pytest.raises(ClientError, match=r"no\.such:Thing"):

@@ -20,6 +20,7 @@ from quire.cli.complete import RemoteConversation, fields
 from quire.cli.remote import Remote
 from quire.config.args import EngineArgs
 from quire.types.errors import ClientError
+from quire.types.outputs import RequestOutput
 from quire.utils.logging import setup_logging
 
 if TYPE_CHECKING:
@@ -108,6 +109,7 @@ class Conversation:
         try:
             while not done:
                 for output in engine.step():
+                    assert isinstance(output, RequestOutput)
                     piece, done = output.outputs[0].text, output.finished
                     said += piece
                     if piece:

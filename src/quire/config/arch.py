@@ -1,8 +1,9 @@
 """What a decoder looks like: `ModelArch`, read from a checkpoint's config.json.
 
 Owns: the names and the defaults of the Hugging Face configuration formats of Llama, Mistral, Qwen2, Qwen3, OPT and
-GPT-2, and the two spellings of rotary parameters (`rope_theta` + `rope_scaling`, and Transformers 5's
-`rope_parameters`). Knows nothing of tensors, of files, or of which architectures have an implementation.
+GPT-2 (further families: `families.py`), and the two spellings of rotary parameters (`rope_theta` + `rope_scaling`, and
+Transformers 5's `rope_parameters`). Knows nothing of tensors, of files, or of which architectures have an
+implementation.
 
 Defaults are those of Transformers' own configuration classes, because a config.json leaves out what equals them.
 """
@@ -18,7 +19,7 @@ from quire.types.errors import ClientError
 
 RawConfig = Mapping[str, Any]
 
-ROPE_KINDS = ("default", "linear", "dynamic", "llama3", "yarn")
+ROPE_KINDS = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 
 # Checkpoints saved without `architectures` (a bare `LlamaConfig().save_pretrained`) still name their model type.
 CAUSAL_LM = {
@@ -28,7 +29,19 @@ CAUSAL_LM = {
     "qwen3": "Qwen3ForCausalLM",
     "opt": "OPTForCausalLM",
     "gpt2": "GPT2LMHeadModel",
+    "falcon": "FalconForCausalLM",
+    "mpt": "MptForCausalLM",
+    "phi3": "Phi3ForCausalLM",
+    "gemma": "GemmaForCausalLM",
+    "gemma2": "Gemma2ForCausalLM",
+    "gemma3_text": "Gemma3ForCausalLM",
+    "mixtral": "MixtralForCausalLM",
+    "qwen2_moe": "Qwen2MoeForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
 }
+
+# Architectures by the names they had before Transformers had them.
+OLDER_NAMES = {"RWForCausalLM": "falcon", "MPTForCausalLM": "mpt"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,10 +49,12 @@ class RopeParams:
     """Rotary position embedding (Su et al. 2021, arXiv 2104.09864) and its scalings.
 
     `kind`: "default"; "linear" (Chen et al. 2023, arXiv 2306.15595); "dynamic" (NTK-aware, base grows with the
-    length); "llama3" (Llama 3.1's frequency bands); "yarn" (Peng et al. 2023, arXiv 2309.00071).
+    length); "llama3" (Llama 3.1's frequency bands); "yarn" (Peng et al. 2023, arXiv 2309.00071); "longrope" (Ding et
+    al. 2024, arXiv 2402.13753: a divisor for each frequency, `long_factor` beyond the original length, else
+    `short_factor`).
     `rotary_dim`: the leading dimensions of a head that rotate. `attention_factor` multiplies cos and sin and is
-    always concrete (1.0 except for yarn). `original_max_position` is the length before scaling; `max_position` the
-    configuration's `max_position_embeddings`.
+    always concrete (1.0 except for yarn and longrope). `original_max_position` is the length before scaling;
+    `max_position` the configuration's `max_position_embeddings`.
     """
 
     theta: float
@@ -56,6 +71,23 @@ class RopeParams:
     mscale: float | None = None
     mscale_all_dim: float | None = None
     truncate: bool = True
+    short_factor: tuple[float, ...] = ()
+    long_factor: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Experts:
+    """A mixture of experts in place of a layer's feed-forward block: `top_k` of `count` experts for each token, by the
+    softmax of a router; `normalised`: the weights of the chosen ones are scaled to sum to 1. `layers` has one entry per
+    layer: False where it has a dense block. `shared_size`: of an expert that every token has beside them; 0: none.
+    """
+
+    count: int
+    top_k: int
+    size: int
+    normalised: bool
+    layers: tuple[bool, ...]
+    shared_size: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +96,8 @@ class ModelArch:
 
     `sliding_windows` has one entry per layer: None attends to everything before; w attends to the last w tokens,
     the token itself included. `attention_bias` is that of the q, k and v projections. `max_position` is the longest
-    sequence that the checkpoint was made for, before any scaling. `extra` is the raw configuration with the family's
+    sequence that the checkpoint was made for, before any scaling. `local_rope`: that of the layers with a window, where
+    it is another (Gemma 3). `extra` is the raw configuration with the family's
     defaults filled in, for what only one family knows (OPT's projections, GPT-2's scaling by layer).
     """
 
@@ -88,6 +121,8 @@ class ModelArch:
     attention_scale: float
     logit_softcap: float | None = None
     attn_softcap: float | None = None
+    local_rope: RopeParams | None = None
+    experts: Experts | None = None
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     pad_token_id: int | None = None
@@ -97,12 +132,17 @@ class ModelArch:
     def max_supported_length(self) -> int:
         """The longest sequence, in tokens, with rope scaling counted in: what `max_model_len` may at most be."""
         rope = self.rope
-        if rope is None or rope.kind in ("default", "llama3"):
-            # llama3 scaling is written into max_position_embeddings already (131072 for Llama 3.1).
+        if rope is None or rope.kind in ("default", "llama3", "longrope"):
+            # These scalings are written into max_position_embeddings already (131072 for Llama 3.1).
             return self.max_position
         if rope.kind == "yarn":
             return max(self.max_position, int(rope.original_max_position * rope.factor))
         return int(self.max_position * rope.factor)
+
+    def rope_of(self, layer: int) -> RopeParams | None:
+        """Rotary parameters of one layer."""
+        local = self.local_rope is not None and self.sliding_windows[layer] is not None
+        return self.local_rope if local else self.rope
 
 
 def arch_from_hf(cfg: RawConfig) -> ModelArch:
@@ -112,8 +152,13 @@ def arch_from_hf(cfg: RawConfig) -> ModelArch:
     integer, or where a rope scaling is unknown.
     """
     architecture = architecture_of(cfg)
-    family = _family(architecture, cfg)
-    return _READERS.get(family, _read_generic)(architecture, cfg)
+    return _reader(_family(architecture, cfg))(architecture, cfg)
+
+
+def _reader(family: str) -> Callable[[str, RawConfig], ModelArch]:
+    from quire.config import families  # it is made of the parts below
+
+    return {**_READERS, **families.READERS}.get(family, _read_generic)
 
 
 def architecture_of(cfg: RawConfig) -> str:
@@ -142,7 +187,7 @@ def _family(architecture: str, cfg: RawConfig) -> str:
     for family, name in CAUSAL_LM.items():
         if architecture == name:
             return family
-    return str(cfg.get("model_type", ""))
+    return OLDER_NAMES.get(architecture, str(cfg.get("model_type", "")))
 
 
 def _size(cfg: RawConfig, *names: str, default: int | None = None) -> int:
@@ -180,6 +225,8 @@ def _rope(cfg: RawConfig, head_dim: int, max_position: int) -> RopeParams:
         raise ClientError(f"config.json: rope_scaling must be an object, not {raw!r}", parameter="rope_scaling")
     params: dict[str, Any] = {k: v for k, v in raw.items() if v is not None}  # pyright: ignore[reportUnknownVariableType]
     kind = str(params.get("rope_type", params.get("type", "default")))
+    if kind == "su":  # as Phi-3 called it first
+        kind = "longrope"
     if kind not in ROPE_KINDS:
         raise ClientError(
             f"config.json: rope scaling {kind!r} is not yet in quire: it knows {', '.join(ROPE_KINDS)}",
@@ -196,11 +243,14 @@ def _rope(cfg: RawConfig, head_dim: int, max_position: int) -> RopeParams:
     )
     if kind in ("linear", "dynamic", "llama3") and "factor" not in params:
         raise ClientError(f"config.json: rope scaling {kind!r} needs a factor", parameter="rope_scaling")
-    factor = float(params.get("factor", max_position / original if kind == "yarn" else 1.0))
+    factor = float(params.get("factor", max_position / original if kind in ("yarn", "longrope") else 1.0))
     mscale, mscale_all_dim = params.get("mscale"), params.get("mscale_all_dim")
     attention_factor = 1.0
     if kind == "yarn":
         attention_factor = params.get("attention_factor", _yarn_attention_factor(factor, mscale, mscale_all_dim))
+    elif kind == "longrope":
+        grown = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+        attention_factor = params.get("attention_factor", grown)
     return RopeParams(
         theta=theta,
         rotary_dim=rotary_dim,
@@ -216,7 +266,19 @@ def _rope(cfg: RawConfig, head_dim: int, max_position: int) -> RopeParams:
         mscale=mscale,
         mscale_all_dim=mscale_all_dim,
         truncate=bool(params.get("truncate", True)),
+        short_factor=_divisors(params, "short_factor", rotary_dim) if kind == "longrope" else (),
+        long_factor=_divisors(params, "long_factor", rotary_dim) if kind == "longrope" else (),
     )
+
+
+def _divisors(params: Mapping[str, Any], name: str, rotary_dim: int) -> tuple[float, ...]:
+    values: Any = params.get(name)
+    if not isinstance(values, list | tuple) or len(values) != rotary_dim // 2:  # pyright: ignore[reportUnknownArgumentType]
+        raise ClientError(
+            f"config.json: rope scaling 'longrope' needs a {name} of {rotary_dim // 2} numbers, one for each frequency",
+            parameter="rope_scaling",
+        )
+    return tuple(float(value) for value in cast(list[Any], values))
 
 
 def _yarn_attention_factor(factor: float, mscale: float | None, mscale_all_dim: float | None) -> float:

@@ -11,11 +11,9 @@ _AUTO = "quire chooses the implementation of each operation itself (`quire env` 
 _MM = "models are text-only for now; leave it out"
 _DP = "data parallelism is not yet in quire; leave it out"
 _NODES = "running on several nodes is not yet in quire; leave it out"
-_POOL = "quire generates text; pooling models are not in it"
 
 FOREIGN: Mapping[str, str] = {
     # gone from vLLM itself, but alive in tutorials
-    "task": "quire generates text, so there is nothing to choose; leave it out",
     "prompt_token_ids": 'pass {"prompt_token_ids": [...]} as the prompt instead',
     "best_of": "ask for n outputs and choose among them",
     "max_seq_len_to_capture": "CUDA graphs do not depend on the length; leave it out",
@@ -31,8 +29,6 @@ FOREIGN: Mapping[str, str] = {
     "preemption_mode": "swap_space above 0 swaps where host blocks are free, else preempted sequences are recomputed",
     "kv_cache_free_gpu_mem_fraction": "use gpu_memory_utilization",
     # of today's vLLM
-    "convert": _POOL,
-    "pooler_config": _POOL,
     "attention_backend": _AUTO,
     "attention_config": _AUTO,
     "kernel_config": _AUTO,

@@ -12,12 +12,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
+from quire.config.files import Stored
 from quire.config.schema import Config
 from quire.types.errors import ClientError
 
 DEMO = "demo"
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[\w.-]+)?$")
-_SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")
+_SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py")
 
 
 def demo_model_path() -> Path:
@@ -54,6 +55,24 @@ def find_checkpoint(
     return _fetch(model, revision, download_dir, token, weights)
 
 
+def is_local(model: str) -> bool:
+    """Whether `model` is the bundled one, a folder or a file, and not a Hub id."""
+    return model == DEMO or Path(model).expanduser().exists()
+
+
+def remote_tensors(model: str, revision: str | None, token: str | bool | None) -> list[Stored] | None:
+    """The tensors of a Hub model's safetensors, by headers alone; None where they cannot be had."""
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    try:
+        found: Any = huggingface_hub.get_safetensors_metadata(model, revision=revision, token=token)
+    except (errors.NotASafetensorsRepoError, errors.SafetensorsParsingError, errors.HfHubHTTPError, OSError):
+        return None
+    files = [file for _, file in sorted(found.files_metadata.items())]
+    return [Stored(n, str(t.dtype), tuple(t.shape)) for file in files for n, t in file.tensors.items()]
+
+
 def tokenizer_folder(config: Config) -> Path:
     """The folder of a configuration's tokenizer, fetched if need be. Errors: `ClientError`."""
     model = config.model
@@ -88,15 +107,17 @@ def _fetch(model: str, revision: str | None, cache: str | None, token: str | boo
     # Its signature is an overload over types that it leaves unknown; a path is what it returns.
     download = cast(Callable[..., str], huggingface_hub.snapshot_download)  # pyright: ignore[reportUnknownMemberType]
 
-    def snapshot(*patterns: str) -> Path:
+    def snapshot(*patterns: str, ignored: str | None = "*/*") -> Path:
         # Checkpoints keep other formats (original/, onnx/) in subfolders; the model itself is at the top.
         where = {"revision": revision, "cache_dir": cache, "token": token}
-        return Path(download(model, **where, allow_patterns=list(patterns), ignore_patterns="*/*"))
+        return Path(download(model, **where, allow_patterns=list(patterns), ignore_patterns=ignored))
 
     try:
         folder = snapshot(*_SMALL_FILES, *(("*.safetensors",) if weights else ()))
         if weights and not any(folder.glob("*.safetensors")):
             folder = snapshot("*.bin")
+        if (folder / "modules.json").is_file():  # sentence-transformers': each module has a folder
+            snapshot("*_Pooling/*", "*_Dense/*", ignored=None)
         return _local_folder(folder, model)
     except errors.GatedRepoError as e:
         message, cause = "is gated: accept its terms on the Hub and pass hf_token=... or set HF_TOKEN", e

@@ -1,7 +1,7 @@
 """From arguments to configuration: every "auto" becomes concrete here, once, with its reason in the log.
 
 Owns: the rules (number types, lengths, budgets, depth, devices) and the checks that need the machine or the checkpoint.
-Knows nothing of torch, nor of which architectures have an implementation (the model registry answers that).
+Knows nothing of torch, nor of which architectures have an implementation (`models.choice` is asked).
 """
 
 from __future__ import annotations
@@ -9,12 +9,14 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any, cast
 
 from quire.config import hub
-from quire.config.arch import ModelArch, arch_from_hf, token_ids
+from quire.config.arch import ModelArch, architecture_of, token_ids
 from quire.config.args import EngineArgs
+from quire.config.pooling import pooling_kind, pooling_of, sentence_settings
 from quire.config.schema import (
     CacheConfig,
     Config,
@@ -26,6 +28,7 @@ from quire.config.schema import (
     SchedulerConfig,
     StructuredConfig,
 )
+from quire.plugins.models import ModelRegistry
 from quire.types.errors import ClientError
 from quire.utils.devices import Machine, probe
 from quire.utils.logging import get_logger, level_name
@@ -57,7 +60,7 @@ def resolve(args: EngineArgs, *, machine: Machine | None = None, usage: str = "l
             parameter="model",
             value=args.model,
         )
-    raw = _overridden(hub.read_config(source), args.hf_overrides)
+    raw = ModelRegistry.read_config(_overridden(hub.read_config(source), args.hf_overrides))
     if raw.get("quantization_config"):
         raise ClientError(
             f"the checkpoint {args.model!r} is quantized ({_quantization(raw)}), which is not yet in quire: "
@@ -67,19 +70,29 @@ def resolve(args: EngineArgs, *, machine: Machine | None = None, usage: str = "l
         )
     path = source.parent if source.is_file() else source
     generation = hub.read_generation_config(path)
-    arch = arch_from_hf(raw)
+    kind = pooling_kind(args, architecture_of(raw), path)
+    arch, impl = _architecture(args, raw, path, kind is not None)
     # Chat models often name their end-of-turn token only in generation_config.json, base models only in config.json.
     eos = dict.fromkeys(arch.eos_token_ids + token_ids(generation.get("eos_token_id")))
-    max_model_len, arch = _lengths(args, replace(arch, eos_token_ids=tuple(eos)))
+    pooling = pooling_of(kind, args, raw, arch.architecture, path, impl == "encoder")
+    stated = sentence_settings(path).get("max_seq_length") if pooling is not None else None
+    max_model_len, arch = _lengths(args, replace(arch, eos_token_ids=tuple(eos)), stated)
     parallel = _parallel(args, device, machine)
     dtype = _dtype(args.dtype, raw, device, machine)
     if device == "cuda" and args.kv_cache_dtype == "int8":
         text = "kv_cache_dtype='int8' has no kernels on a GPU: leave it out, or use device='cpu'"
         raise ClientError(text, "kv_cache_dtype", "int8")
+    cache = _cache(args, dtype, machine)
+    scheduler = _scheduler(args, device, machine, max_model_len, parallel.world_size, usage)
+    if pooling is not None and not pooling.causal:
+        # Every token attends to every other: a prompt is computed in one step, and nothing of it is kept.
+        most = max(max_model_len, scheduler.max_num_batched_tokens)
+        scheduler = replace(scheduler, enable_chunked_prefill=False, max_num_batched_tokens=most)
+        cache = replace(cache, enable_prefix_caching=False, swap_space=0.0)
     return Config(
-        model=_model(args, path, arch, dtype, max_model_len, generation),
-        cache=_cache(args, dtype, machine),
-        scheduler=_scheduler(args, device, machine, max_model_len, parallel.world_size, usage),
+        model=replace(_model(args, path, arch, dtype, max_model_len, generation), model_impl=impl),
+        cache=cache,
+        scheduler=scheduler,
         parallel=parallel,
         load=LoadConfig(load_format=args.load_format, download_dir=args.download_dir, revision=args.revision),
         device=DeviceConfig(
@@ -93,7 +106,19 @@ def resolve(args: EngineArgs, *, machine: Machine | None = None, usage: str = "l
             nvtx=args.nvtx,
         ),
         structured=_structured(args),
+        pooling=pooling,
     )
+
+
+# Models lie above the configuration: which of them have an implementation is asked for by name, when it is asked.
+CHOICE = "quire.models.choice"
+
+
+def _architecture(args: EngineArgs, raw: dict[str, Any], path: Path, pools: bool) -> tuple[ModelArch, str]:
+    """The architecture and whose code runs it: "quire", "transformers", or "encoder" for those that look ahead."""
+    arch, impl = import_module(CHOICE).choose(raw, path, args.model_impl, args.trust_remote_code, pools)
+    log.debug("model_impl=%s for %s", impl, arch.architecture)
+    return arch, impl
 
 
 def _structured(args: EngineArgs) -> StructuredConfig:
@@ -177,9 +202,9 @@ def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     return out
 
 
-def _lengths(args: EngineArgs, arch: ModelArch) -> tuple[int, ModelArch]:
-    """max_model_len, and the windows that matter below it."""
-    longest = arch.max_supported_length
+def _lengths(args: EngineArgs, arch: ModelArch, stated: int | None = None) -> tuple[int, ModelArch]:
+    """max_model_len, and the windows that matter below it. `stated`: by sentence-transformers' file, if it is there."""
+    longest = arch.max_supported_length if stated is None else min(stated, arch.max_supported_length)
     windows = [w for w in arch.sliding_windows if w is not None]
     if args.disable_sliding_window and windows:
         longest = min(longest, *windows)
@@ -188,7 +213,6 @@ def _lengths(args: EngineArgs, arch: ModelArch) -> tuple[int, ModelArch]:
     wanted = args.max_model_len
     if wanted in (None, -1, "auto"):
         length = longest
-        log.debug("max_model_len=%d: what the checkpoint allows", length)
     else:
         assert isinstance(wanted, int), wanted  # EngineArgs turned "8k" into a number
         if wanted < 2:
@@ -211,11 +235,45 @@ def _lengths(args: EngineArgs, arch: ModelArch) -> tuple[int, ModelArch]:
     return length, arch
 
 
-def _dtype(asked: str, raw: Mapping[str, Any], device: str, machine: Machine) -> str:
-    if asked != "auto":
-        return _DTYPES.get(asked, asked)
+def _length_reason(args: EngineArgs, arch: ModelArch, length: int) -> str:
+    """Where max_model_len comes from."""
+    rope, longest = arch.rope, arch.max_supported_length
+    allowed = f"{longest}, the max_position_embeddings of config.json"
+    if rope is not None and longest != arch.max_position:
+        base = arch.max_position if rope.kind != "yarn" else rope.original_max_position
+        allowed = f"{longest}, {base} positions of config.json times {rope.factor:g} by rope scaling {rope.kind!r}"
+    if args.max_model_len not in (None, -1, "auto"):
+        return f"as asked for; the checkpoint allows {allowed}"
+    if length < longest:
+        return f"the sliding window, since disable_sliding_window is set; the checkpoint allows {allowed}"
+    return f"what the checkpoint allows: {allowed}"
+
+
+def stored_dtype(raw: Mapping[str, Any]) -> str:
+    """The number type that config.json names, float32 where it names none."""
     stored = str(raw.get("dtype") or raw.get("torch_dtype") or "float32").removeprefix("torch.")
-    stored = _DTYPES.get(stored, stored)
+    return _DTYPES.get(stored, stored)
+
+
+def _asked_dtype(dtype: str, stored: str, device: str, machine: Machine) -> str:
+    """What was asked for, with advice where it is seldom wanted."""
+    if device == "cuda" and dtype == "bfloat16" and (gpu := machine.gpus[0]).capability < (8, 0):
+        has = ".".join(map(str, gpu.capability))
+        text = (
+            f"dtype='bfloat16' needs a GPU of compute capability 8.0; {gpu.name} has {has}: use 'float16' or 'float32'"
+        )
+        raise ClientError(text, "dtype", dtype)
+    if dtype == "float16" and device == "cpu":
+        log.warning("dtype=float16: a CPU converts every number of it; bfloat16 is faster, float32 exact")
+    elif dtype == "float16" and stored == "bfloat16":
+        log.warning("dtype=float16: the checkpoint's bfloat16 reaches further, and may overflow; prefer bfloat16")
+    return dtype
+
+
+def _dtype(asked: str, raw: Mapping[str, Any], device: str, machine: Machine) -> str:
+    stored = stored_dtype(raw)
+    if asked != "auto":
+        return _asked_dtype(_DTYPES.get(asked, asked), stored, device, machine)
     if device == "cpu":
         if stored == "float16":
             log.info(
@@ -376,12 +434,6 @@ def _depth(args: EngineArgs, device: str) -> tuple[int, int, bool]:
 def _model(
     args: EngineArgs, path: Path, arch: ModelArch, dtype: str, max_model_len: int, generation: Mapping[str, Any]
 ) -> ModelConfig:
-    if args.model_impl == "transformers":
-        raise ClientError(
-            "model_impl='transformers' is not supported: running Transformers' own model code is not yet in quire",
-            parameter="model_impl",
-            value="transformers",
-        )
     if args.max_logprobs > arch.vocab_size:
         raise ClientError(
             f"max_logprobs={args.max_logprobs} is more than the vocabulary's {arch.vocab_size} tokens; -1 means all",
@@ -389,6 +441,8 @@ def _model(
             value=args.max_logprobs,
         )
     names = args.served_model_name or args.model
+    reason = _length_reason(args, arch, max_model_len)
+    log.info("max_model_len=%d: %s", max_model_len, reason)
     return ModelConfig(
         model=args.model,
         path=path,
@@ -400,6 +454,7 @@ def _model(
         dtype=dtype,
         seed=args.seed,
         max_model_len=max_model_len,
+        max_model_len_reason=reason,
         arch=arch,
         hf_token=args.hf_token,
         chat_template=args.chat_template,
@@ -408,7 +463,6 @@ def _model(
         logprobs_mode=args.logprobs_mode,
         logits_processors=tuple(args.logits_processors or ()),
         enforce_eager=args.enforce_eager,
-        model_impl="quire",
         quantization=args.quantization,
         served_model_names=(names,) if isinstance(names, str) else tuple(names),
     )

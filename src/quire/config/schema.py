@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from quire.config.arch import ModelArch
+from quire.config.pooling import PoolingConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,6 +22,7 @@ class ModelConfig:
 
     `path`: the checkpoint's folder. `tokenizer`: the folder or Hub id of the tokenizer. `dtype`: "float32",
     "bfloat16" or "float16". `generation_config`: the checkpoint's sampling defaults under `SamplingParams`' names.
+    `registered`: implementations, as "module:Class" by architecture, that another process's program registered.
     """
 
     model: str
@@ -44,6 +46,8 @@ class ModelConfig:
     model_impl: str = "auto"
     quantization: str | None = None
     served_model_names: tuple[str, ...] = ()
+    registered: Mapping[str, str] = field(default_factory=dict[str, str])
+    max_model_len_reason: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,7 +136,8 @@ class ObservabilityConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
-    """All of it. Passed down, never written: `dataclasses.replace` makes a changed copy."""
+    """All of it. Passed down, never written: `dataclasses.replace` makes a changed copy. `pooling`: None for a model
+    that generates."""
 
     model: ModelConfig
     cache: CacheConfig
@@ -142,3 +147,4 @@ class Config:
     device: DeviceConfig
     observability: ObservabilityConfig
     structured: StructuredConfig = field(default_factory=StructuredConfig)
+    pooling: PoolingConfig | None = None

@@ -36,6 +36,7 @@ def commit(state: State, flight: InFlight, result: StepResult) -> list[Delta]:
         seq = rows.owner(item.row)
         if seq is not None and rows.epoch[item.row] == flight.row_epochs[at]:
             _take_prompt_logprobs(seq.job, item)
+    deltas = _take_pooled(state, flight, result) if len(plan.pool_index) else []
     drawn, tokens = plan.sample_rows, result.tokens[:, 0]
     assert (result.accepted == 1).all(), "speculation is not there yet"
     valid = rows.epoch[drawn] == flight.sample_epochs
@@ -45,9 +46,23 @@ def commit(state: State, flight: InFlight, result: StepResult) -> list[Delta]:
     plain = valid & ~special
     if not plain.all():
         drawn, tokens = drawn[plain], tokens[plain]
-    deltas = _take_plain(state, drawn, tokens)
+    deltas += _take_plain(state, drawn, tokens)
     if special.any():
         deltas += _take_special(state, plan, result, np.flatnonzero(special).tolist())
+    return deltas
+
+
+def _take_pooled(state: State, flight: InFlight, result: StepResult) -> list[Delta]:
+    """Prompts that are complete: their jobs end."""
+    deltas = list[Delta]()
+    for i, vectors in zip(flight.plan.pool_index.tolist(), result.pooled, strict=True):
+        row = int(flight.plan.rows[i])
+        seq = state.rows.owner(row)
+        if seq is not None and state.rows.epoch[row] == flight.row_epochs[i]:
+            delta = state.delta(seq, FinishReason.STOP)
+            delta.pooled = vectors
+            deltas.append(delta)
+            state.finish(seq)
     return deltas
 
 

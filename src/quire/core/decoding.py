@@ -1,8 +1,9 @@
-"""How a job forks, prunes and ends: `Independent(n)` samples, `Beam(k)` search. Knows tokens and scores, not blocks.
+"""How a job forks, prunes and ends: `Independent(n)` samples, `Beam(k)` search, `Pooled` ends with its prompt. Knows
+tokens and scores, not blocks.
 
 The seam for other strategies: `width` sequences at the most, `lead` sampled tokens that may be unknown to the host when
 a sequence is planned again, the sampling parameters of its rows, and, for strategies whose tokens the host `chooses`,
-`advance`.
+`advance`. Rows of a job that is `pooled` are never sampled.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import msgspec
 
 from quire.core.sequence import Sequence
 from quire.types.params import BeamSearchParams, SamplingParams
+from quire.types.pooling import PoolingParams
 from quire.types.request import Request
 
 
@@ -36,6 +38,7 @@ class Decoding(Protocol):
     width: int
     lead: int
     chooses: bool
+    pooled: bool
 
     def row_params(self) -> SamplingParams: ...
 
@@ -48,6 +51,7 @@ class Independent:
     """n samples that share the prompt and nothing else."""
 
     chooses = False
+    pooled = False
 
     def __init__(self, params: SamplingParams, lead: int) -> None:
         self.width = params.n
@@ -67,6 +71,7 @@ class Beam:
 
     lead = 0
     chooses = True
+    pooled = False
 
     def __init__(self, params: BeamSearchParams, request: Request) -> None:
         self.width = params.beam_width
@@ -110,8 +115,29 @@ class Beam:
         return None
 
 
+class Pooled:
+    """The prompt is computed, and that is all."""
+
+    width = 1
+    lead = 0
+    chooses = False
+    pooled = True
+
+    def __init__(self, params: PoolingParams) -> None:
+        skip = params.skip_reading_prefix_cache
+        self._params = SamplingParams(max_tokens=1, ignore_eos=True, detokenize=False, skip_reading_prefix_cache=skip)
+
+    def row_params(self) -> SamplingParams:
+        return self._params
+
+    def advance(self, beams: list[Sequence], limit: int) -> list[Child] | None:
+        raise AssertionError("nothing follows a prompt that is pooled")
+
+
 def decoding_of(request: Request, lead: int) -> Decoding:
     """The strategy that a request's parameters ask for."""
     if isinstance(request.params, BeamSearchParams):
         return Beam(request.params, request)
+    if isinstance(request.params, PoolingParams):
+        return Pooled(request.params)
     return Independent(request.params, lead)

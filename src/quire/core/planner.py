@@ -25,7 +25,8 @@ EMPTY = ints()
 @dataclass(slots=True)
 class Draft:
     """A plan in the making. `rows` decode. `chunks`: (row, start, count) of rows that compute known tokens; `samples`:
-    (index among the chunks, row that gets the token); `parents`: (prompt that forks now, its index among the chunks).
+    (index among the chunks, row that gets the token); `pools`: indices of the chunks that end a prompt to be pooled;
+    `parents`: (prompt that forks now, its index among the chunks).
     """
 
     moves: Moves
@@ -33,6 +34,7 @@ class Draft:
     chunks: list[tuple[int, int, int]] = field(default_factory=list[tuple[int, int, int]])
     tokens: list[int] = field(default_factory=list[int])
     samples: list[tuple[int, int]] = field(default_factory=list[tuple[int, int]])
+    pools: list[int] = field(default_factory=list[int])
     new_rows: list[NewRow] = field(default_factory=list[NewRow])
     parents: list[tuple[Sequence, int]] = field(default_factory=list[tuple[Sequence, int]])
 
@@ -195,7 +197,7 @@ class Planner:
     # -- what both do ------------------------------------------------------------------------------------------------
 
     def _add_chunk(self, draft: Draft, seq: Sequence, start: int, count: int) -> None:
-        """Compute known tokens; with the last of them, sample."""
+        """Compute known tokens; with the last of them, sample or pool."""
         state, rows, row = self._state, self._state.rows, seq.row
         end = start + count
         index = len(draft.chunks)
@@ -206,6 +208,10 @@ class Planner:
         rows.last_plan[row] = self._number
         state.kv.publish(seq, end)
         if end < rows.length[row]:
+            return
+        if seq.job.decoding.pooled:
+            draft.pools.append(index)
+            state.sampled.append(seq.job.request.id)
             return
         self._sample(row)
         draft.samples.append((index, row))
@@ -294,6 +300,7 @@ class Planner:
             swap_out=moves.pairs(moves.swap_out),
             swap_in=moves.pairs(moves.swap_in),
             fence=moves.fence,
+            pool_index=ints(draft.pools) + num if draft.pools else EMPTY,
         )
         state.close_plan()
         self._number += 1

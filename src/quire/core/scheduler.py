@@ -20,6 +20,7 @@ from quire.core.state import State
 from quire.types.errors import ClientError
 from quire.types.kv import KVGroup, pages_needed
 from quire.types.plan import Plan, StepResult
+from quire.types.pooling import PoolingParams
 from quire.types.request import Delta, FinishReason, Request
 from quire.types.stats import BlockMap, EngineStats
 
@@ -78,16 +79,20 @@ class Scheduler:
             raise ClientError(f"request id {request.id!r} is in use", "request_id", request.id)
         if not prompt:
             raise ClientError("the prompt is empty: give at least one token", "prompt")
-        if len(prompt) >= state.max_length:
+        decoding = decoding_of(request, self._lead)
+        if len(prompt) + (not decoding.pooled) > state.max_length:
+            room = "is less" if decoding.pooled else "leaves no room for a new one"
             raise ClientError(
-                f"the prompt has {len(prompt)} tokens, max_model_len={state.max_length} leaves no room for a new one: "
+                f"the prompt has {len(prompt)} tokens, max_model_len={state.max_length} {room}: "
                 "shorten the prompt or raise max_model_len",
                 "prompt",
             )
-        most = request.params.max_tokens
-        limit = state.max_length if most is None else min(state.max_length, len(prompt) + most)
+        limit = len(prompt) + 1  # of what is pooled: its rows are never that long
+        if not isinstance(request.params, PoolingParams):
+            most = request.params.max_tokens
+            limit = state.max_length if most is None else min(state.max_length, len(prompt) + most)
         priority = request.priority if self._by_priority else 0
-        job = Job(request, decoding_of(request, self._lead), self._arrivals, limit, priority)
+        job = Job(request, decoding, self._arrivals, limit, priority)
         self._arrivals += 1
         job.forked = bool(request.resume)
         for index, known in enumerate(request.resume or ([],)):

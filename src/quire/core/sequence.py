@@ -64,12 +64,14 @@ class Job:
     `limit`: tokens, prompt included, at which a sequence ends. `eos`, `stops`: the model's and the user's tokens that
     end one, the model's not before `min_tokens`. `cached_tokens`: how much of the prompt the prefix cache gave, None
     until the request has run. `prompt_logprobs_end`: the first prompt token that still owes its logprobs. `skip_cache`:
-    it must compute its whole prompt, since it asks for prompt logprobs or not to be given cached ones.
+    it must compute its whole prompt, since it asks for prompt logprobs or not to be given cached ones. `whole`: without
+    a break between two steps, since what is pooled is kept beside the pages.
     """
 
     __slots__ = (
         "arrival", "cached_tokens", "decoding", "eos", "forked", "limit", "live", "min_tokens", "preemptions",
         "priority", "prompt_length", "prompt_logprobs", "prompt_logprobs_end", "request", "root", "skip_cache", "stops",
+        "whole",
     )  # fmt: skip
 
     def __init__(self, request: Request, decoding: Decoding, arrival: int, limit: int, priority: int) -> None:
@@ -94,3 +96,4 @@ class Job:
         self.min_tokens = 0 if constrained else params.min_tokens
         self.stops = frozenset(params.stop_token_ids or ())
         self.skip_cache = bool(params.skip_reading_prefix_cache) or params.prompt_logprobs is not None
+        self.whole = decoding.pooled and self.skip_cache

@@ -20,6 +20,7 @@ from quire.core.rows import Rows
 from quire.core.sequence import Job, Sequence, Status
 from quire.types.params import SamplingParams
 from quire.types.plan import NewRow, ints
+from quire.types.pooling import PoolingParams
 from quire.types.request import Delta, FinishReason
 
 
@@ -170,7 +171,7 @@ class State:
         job = seq.job
         job.preemptions += 1
         # Prompt logprobs still in flight are dropped with the epoch, so that part of the prompt must be computed again.
-        owed = job.prompt_logprobs_end < min(computed + 1, job.prompt_length)
+        owed = job.whole or job.prompt_logprobs_end < min(computed + 1, job.prompt_length)
         if seq.candidates is not None or owed or not self.kv.swap_out(seq, keep, computed > keep, moves):
             self.kv.release(seq)
         self.leave(seq)
@@ -223,6 +224,7 @@ class State:
     def new_row(self, seq: Sequence) -> NewRow:
         job = seq.job
         params = job.decoding.row_params()
+        asked = job.request.params
         return NewRow(
             row=seq.row,
             params=params,
@@ -232,6 +234,7 @@ class State:
             length=len(seq.tokens),
             tokens=ints(seq.tokens) if self._histories or params.needs_history else ints(),
             eos_token_ids=() if params.ignore_eos else job.request.eos_token_ids,
+            pooling=asked if isinstance(asked, PoolingParams) else None,
         )
 
     def delta(

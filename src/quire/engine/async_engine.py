@@ -22,10 +22,12 @@ from quire.config.args import EngineArgs
 from quire.config.resolve import resolve
 from quire.engine.inputs import Draft, Params, checked_priority, default_params
 from quire.engine.llm_engine import LLMEngine
+from quire.engine.outputs import Output
 from quire.structured.compiler import WAIT_S, compiled
 from quire.types.errors import ClientError, EngineError, QuireError
-from quire.types.outputs import RequestOutput
+from quire.types.outputs import PoolingOutput, PoolingRequestOutput, RequestOutput, error_of
 from quire.types.params import SamplingParams
+from quire.types.pooling import PoolingParams
 from quire.types.prompts import PromptType
 from quire.types.stats import EngineStats
 from quire.utils.logging import fields, setup_logging
@@ -42,10 +44,10 @@ class Mailbox:
 
     def __init__(self) -> None:
         self.loop = asyncio.get_running_loop()
-        self._items: deque[tuple[int, RequestOutput | Exception]] = deque()
+        self._items: deque[tuple[int, Output | Exception]] = deque()
         self._waiter: asyncio.Future[None] | None = None
 
-    async def get(self) -> list[tuple[int, RequestOutput | Exception]]:
+    async def get(self) -> list[tuple[int, Output | Exception]]:
         """All that is there, at least one."""
         while not self._items:
             self._waiter = self.loop.create_future()
@@ -57,7 +59,7 @@ class Mailbox:
         self._items.clear()
         return found
 
-    def put(self, key: int, item: RequestOutput | Exception) -> None:
+    def put(self, key: int, item: Output | Exception) -> None:
         """In the event loop."""
         self._items.append((key, item))
         if self._waiter is not None and not self._waiter.done():
@@ -73,7 +75,7 @@ class Stream:
         self.over = False
         self._abort = abort
 
-    def put(self, item: RequestOutput | Exception) -> None:
+    def put(self, item: Output | Exception) -> None:
         """In the event loop: one more output, or why there are no more."""
         if not self.over:
             self.over = isinstance(item, Exception) or item.finished
@@ -156,8 +158,40 @@ class AsyncLLM:
                 for _, item in await box.get():
                     if isinstance(item, Exception):
                         raise item
+                    assert isinstance(item, RequestOutput), "the parameters were those of sampling"
                     last = item.finished
                     yield item
+        finally:
+            stream.close()
+
+    async def encode(
+        self,
+        prompt: PromptType,
+        pooling_params: PoolingParams,
+        request_id: str | None = None,
+        *,
+        priority: int = 0,
+        lora_request: Any = None,
+        add_special_tokens: bool = True,
+    ) -> AsyncGenerator[PoolingRequestOutput[PoolingOutput]]:
+        """The one output of a prompt that is pooled, its data as a `torch.Tensor`; see `generate`."""
+        import torch
+
+        if not isinstance(pooling_params, PoolingParams):
+            text = f"pooling_params must be PoolingParams, got {type(pooling_params).__name__}"
+            raise ClientError(text, "pooling_params", pooling_params)
+        (draft,) = await self.prepare(
+            [prompt], [pooling_params], lora_request=lora_request, add_special_tokens=add_special_tokens
+        )
+        box = Mailbox()
+        stream = self.submit(draft, request_id, checked_priority(priority), box)
+        try:
+            ((_, item),) = await box.get()
+            if isinstance(item, Exception):
+                raise item
+            assert isinstance(item, PoolingRequestOutput)
+            item.outputs = PoolingOutput(torch.tensor(item.outputs.data))
+            yield item
         finally:
             stream.close()
 
@@ -378,15 +412,15 @@ class AsyncLLM:
         if self._streams.get(stream.name) is stream:  # else it has ended meanwhile, and the name may be another's
             self._deliver(self._engine.abort_request(stream.id))
 
-    def _deliver(self, outputs: list[RequestOutput]) -> None:
+    def _deliver(self, outputs: list[Output]) -> None:
         """Hand outputs over: one call for each event loop, however many requests it waits for."""
-        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[Stream, RequestOutput | Exception]]] = {}
+        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[Stream, Output | Exception]]] = {}
         for output in outputs:
             with self._wake:
                 stream = self._streams.pop(output.request_id) if output.finished else self._streams[output.request_id]
-            failed = next((o for o in output.outputs if o.finish_reason == "error"), None)
+            failed = error_of(output)
             if failed is not None:
-                item: RequestOutput | Exception = EngineError(f"request {output.request_id!r}: {failed.stop_reason}")
+                item: Output | Exception = EngineError(f"request {output.request_id!r}: {failed}")
                 if not output.finished:
                     self._engine.abort_request(stream.id)
                     with self._wake:
@@ -397,9 +431,7 @@ class AsyncLLM:
         for loop, items in by_loop.items():
             self._hand_over(loop, items)
 
-    def _hand_over(
-        self, loop: asyncio.AbstractEventLoop, items: list[tuple[Stream, RequestOutput | Exception]]
-    ) -> None:
+    def _hand_over(self, loop: asyncio.AbstractEventLoop, items: list[tuple[Stream, Output | Exception]]) -> None:
         def put() -> None:
             for stream, item in items:
                 stream.put(item)

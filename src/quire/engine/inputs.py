@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from quire.config.hub import tokenizer_folder
+from quire.config.pooling import PoolingConfig
 from quire.config.schema import Config
 from quire.engine.tokenizer import Tokenizer
 from quire.parsers.reasoning import reasoning_parser
@@ -21,10 +22,11 @@ from quire.runner.processors import processor_classes, validate
 from quire.structured.compiler import compiled, compiler
 from quire.types.errors import ClientError
 from quire.types.params import BeamSearchParams, SamplingParams, StructuredOutputsParams
+from quire.types.pooling import EMBED, TOKEN_EMBED, PoolingParams
 from quire.types.prompts import PromptType
 from quire.types.request import Request
 
-Params = SamplingParams | BeamSearchParams
+Params = SamplingParams | BeamSearchParams | PoolingParams
 
 CHARACTERS_A_TOKEN = 256  # more than the longest token of any vocabulary known
 GRAMMARS_WAITING = 32  # most grammars that wait to be compiled where others must not wait for them
@@ -38,7 +40,7 @@ _NOT_YET = {  # fields that are accepted and checked, but do nothing so far
     "repetition_detection": None,
     "trace_decode_token_ids": None,
 }
-_PROMPT_KEYS = {"prompt", "prompt_token_ids", "cache_salt", "type"}
+_PROMPT_KEYS = {"prompt", "prompt_token_ids", "cache_salt", "type", "token_type_ids"}
 _MEDIA_KEYS = {"multi_modal_data", "mm_processor_kwargs", "multi_modal_uuids", "prompt_embeds"}
 
 
@@ -94,10 +96,10 @@ class InputProcessor:
         if lora_request is not None:
             raise ClientError("lora_request is not supported yet; leave it out", "lora_request", lora_request)
         for given in params:
-            if not isinstance(given, SamplingParams | BeamSearchParams):
-                text = f"sampling_params must be SamplingParams, got {type(given).__name__}"
-                raise ClientError(text, "sampling_params", given)
+            self._check_kind(given)
         parsed = [_parse(prompt) for prompt in prompts]
+        if params and isinstance(params[0], PoolingParams):
+            return self._pooled(parsed, prompts, params, add_special_tokens)
         texts = [text for text, tokens, _ in parsed if tokens is None and text is not None]
         encoded = iter(self._encode(texts, add_special_tokens))
         out: list[Draft] = []
@@ -106,10 +108,67 @@ class InputProcessor:
             out.append(self._draft(text, tokens, salt, given, wait))
         return out
 
+    def _check_kind(self, given: Any) -> None:
+        """Each engine has one kind of requests."""
+        pooling = self._config.pooling
+        if not isinstance(given, SamplingParams | BeamSearchParams | PoolingParams):
+            kind = "SamplingParams" if pooling is None else "PoolingParams"
+            text = f"{kind.lower().replace('params', '_params')} must be {kind}, got {type(given).__name__}"
+            raise ClientError(text, kind.lower().replace("params", "_params"), given)
+        if isinstance(given, PoolingParams) == (pooling is not None):
+            return
+        name = self._config.model.model
+        if pooling is None:
+            text = f"the model {name!r} generates text: to embed with it, make the engine with runner='pooling'"
+            raise ClientError(text, "task", given.task if isinstance(given, PoolingParams) else None)
+        text = f"the model {name!r} pools ({', '.join(pooling.tasks)}) and generates no text"
+        raise ClientError(f"{text}: make the engine with runner='generate', if the checkpoint has a head", "runner")
+
+    def _pooled(
+        self, parsed: Sequence[_Parsed], prompts: Sequence[Any], params: Sequence[Any], special: bool
+    ) -> list[Draft]:
+        """Prompts of a model that pools."""
+        pooling = self._config.pooling
+        assert pooling is not None
+        checked = [pooling_params(pooling, given, self._config.model.arch.hidden_size) for given in params]
+        whole = [i for i, (_, tokens, _) in enumerate(parsed) if tokens is None and not self._cut(checked[i])]
+        texts = [_lowered(parsed[i][0], pooling.lower) for i in whole]
+        encoded = dict(zip(whole, self._encode(texts, special), strict=True))
+        out: list[Draft] = []
+        for i, (text, tokens, salt) in enumerate(parsed):
+            most = self._cut(checked[i])
+            side = checked[i].truncation_side or "right"
+            if tokens is None and most:
+                assert text is not None
+                tokens = self._encode_cut(_lowered(text, pooling.lower), special, most, side)
+            elif tokens is None:
+                tokens = encoded[i]
+            elif most:
+                tokens = tokens[:most] if side == "right" else tokens[-most:]
+            self._check_tokens(tokens, 0)
+            checked[i].second_segment = _second_segment(prompts[i], len(tokens))
+            out.append(Draft(tokens, checked[i], text, salt))
+        return out
+
+    def _cut(self, params: PoolingParams) -> int:
+        """The number of tokens to keep at most; 0: all."""
+        keep = params.truncate_prompt_tokens
+        if keep is not None and keep > self._max_len:
+            text = f"truncate_prompt_tokens must not exceed max_model_len={self._max_len}, got {keep}"
+            raise ClientError(text, "truncate_prompt_tokens", keep)
+        return 0 if keep is None else self._max_len if keep == -1 else keep
+
+    def _encode_cut(self, text: str, special: bool, most: int, side: str) -> list[int]:
+        """The tokens of a text, `most` of them at most, special ones among them."""
+        if self._tokenizer is None:
+            return self._encode([text], special)[0]
+        self.check_length(text)
+        return self._tokenizer.encode_cut(text, special, most, side)
+
     def request(self, draft: Draft, request_id: str, priority: int = 0, stream: bool = False) -> Request:
         """Give a draft its id and its seed. `stream`: a delta after each step is wanted."""
         params = draft.params
-        seed = params.seed if isinstance(params, SamplingParams) else 0
+        seed = params.seed if isinstance(params, SamplingParams) else 0  # nothing is drawn
         if isinstance(params, SamplingParams):
             stream = stream or bool(params.stop)
         return Request(
@@ -140,8 +199,8 @@ class InputProcessor:
             return [self._tokenizer.encode(texts[0], add_special_tokens)]
         return self._tokenizer.encode_batch(texts, add_special_tokens)
 
-    def _draft(self, text: str | None, tokens: list[int], salt: str, given: Params, wait: bool) -> Draft:
-        params = given.clone()
+    def _draft(self, text: str | None, tokens: list[int], salt: str, given: Any, wait: bool) -> Draft:
+        params: SamplingParams | BeamSearchParams = given.clone()
         params.normalize()  # the user may have assigned to fields since
         if isinstance(params, SamplingParams):
             tokens = self._truncate(tokens, params)
@@ -171,12 +230,14 @@ class InputProcessor:
             raise ClientError(text, "truncate_prompt_tokens", keep)
         return tokens[-(self._max_len - 1 if keep == -1 else keep) :]
 
-    def _check_tokens(self, tokens: list[int]) -> None:
+    def _check_tokens(self, tokens: list[int], room: int = 1) -> None:
+        """`room`: tokens that must fit behind them."""
         if not tokens:
             raise ClientError("the prompt is empty: give at least one token", "prompt", tokens)
-        if len(tokens) >= self._max_len:
+        if len(tokens) + room > self._max_len:
+            short = "leave no room for output in" if room else "are more than"
             raise ClientError(
-                f"the prompt has {len(tokens)} tokens, which leave no room for output in max_model_len={self._max_len}:"
+                f"the prompt has {len(tokens)} tokens, which {short} max_model_len={self._max_len}:"
                 " shorten it, set truncate_prompt_tokens, or raise max_model_len",
                 "prompt",
                 len(tokens),
@@ -274,6 +335,61 @@ class InputProcessor:
         return out
 
 
+_Parsed = tuple[str | None, list[int] | None, str]
+
+
+def pooling_params(pooling: PoolingConfig, given: PoolingParams, size: int) -> PoolingParams:
+    """A copy of the parameters in which nothing is left open. `size`: of the hidden states. Errors: `ClientError`."""
+    params = given.clone()
+    params.verify()  # the user may have assigned to fields since
+    task = params.task or pooling.task
+    if task not in pooling.tasks:
+        raise ClientError(f"this model has the tasks {', '.join(pooling.tasks)}, not {task!r}", "task", task)
+    params.task = task
+    if task in (EMBED, TOKEN_EMBED):
+        size = pooling.dense[-1].outputs if pooling.dense else size
+        params.dimensions = _dimensions(pooling, params.dimensions, size)
+    elif params.dimensions is not None:
+        raise ClientError(f"dimensions is for embeddings, not for {task}: leave it out", "dimensions")
+    params.skip_reading_prefix_cache = bool(params.skip_reading_prefix_cache) or pooling.whole(task)
+    params.second_segment = None
+    return params
+
+
+def _dimensions(pooling: PoolingConfig, asked: int | None, size: int) -> int | None:
+    if asked is None:
+        asked = pooling.dimensions
+    if asked is None or asked == size:
+        return None
+    if pooling.matryoshka is None:
+        text = "dimensions: this model was not trained for embeddings of several sizes (matryoshka); if it was, say so"
+        raise ClientError(f"{text} with hf_overrides={{'is_matryoshka': true}}", "dimensions", asked)
+    if pooling.matryoshka and asked not in pooling.matryoshka:
+        known = ", ".join(map(str, pooling.matryoshka))
+        raise ClientError(f"dimensions={asked} is not one of this model's: {known}", "dimensions", asked)
+    if asked > size:
+        raise ClientError(f"dimensions={asked} is more than the model's {size}", "dimensions", asked)
+    return asked
+
+
+def _lowered(text: str | None, lower: bool) -> str:
+    assert text is not None
+    return text.lower() if lower else text
+
+
+def _second_segment(prompt: Any, length: int) -> int | None:
+    """Where the ones of a prompt's `token_type_ids` begin. Errors: `ClientError`."""
+    types: Any = prompt.get("token_type_ids") if isinstance(prompt, Mapping) else None
+    if types is None:
+        return None
+    types = list(types)
+    begin = types.index(1) if 1 in types else len(types)
+    if len(types) != length or types != [0] * begin + [1] * (length - begin):
+        text = "token_type_ids must be zeros and then ones, as many as there are tokens"
+        raise ClientError(text, "token_type_ids", len(types))
+    return begin
+
+
 def default_params(config: Config) -> SamplingParams:
     """The model's sampling defaults. Errors: ClientError that says where they come from."""
     try:
@@ -320,9 +436,9 @@ def _token_list(value: Any) -> list[int]:
     if not isinstance(items, list | tuple):
         text = f"a prompt must be text, a list of token ids, or a dict, got {type(value).__name__}"
         raise ClientError(text, "prompt", value)
+    if set(map(type, items)) <= {int}:
+        return list(items)
     for item in items:
-        if type(item) is not int:
-            if isinstance(item, bool) or not hasattr(item, "__index__"):
-                raise ClientError(f"token ids must be integers, got {item!r}", "prompt_token_ids", item)
-            return [int(i) for i in items]
-    return list(items)
+        if isinstance(item, bool) or not hasattr(item, "__index__"):
+            raise ClientError(f"token ids must be integers, got {item!r}", "prompt_token_ids", item)
+    return [int(i) for i in items]

@@ -13,11 +13,10 @@ from typing import Any, Protocol
 from quire.config.schema import Config
 from quire.engine.detokenizer import Detokenizer
 from quire.engine.inputs import Draft, InputProcessor, Params
-from quire.engine.outputs import OutputProcessor
+from quire.engine.outputs import Output, OutputProcessor
 from quire.engine.stat_logger import StatLogger
 from quire.engine.tokenizer import Tokenizer, load_tokenizer
 from quire.types.errors import EngineError
-from quire.types.outputs import RequestOutput
 from quire.types.params import RequestOutputKind, SamplingParams
 from quire.types.prompts import PromptType
 from quire.types.request import Delta, Request
@@ -81,13 +80,13 @@ class LLMEngine:
             self.outputs.abort([request_id])
             raise
 
-    def abort_request(self, request_ids: str | Iterable[str]) -> list[RequestOutput]:
+    def abort_request(self, request_ids: str | Iterable[str]) -> list[Output]:
         """End requests; answers the last output of each that was still alive."""
         ids = [request_ids] if isinstance(request_ids, str) else list(request_ids)
         self.client.abort(ids)
         return self.outputs.abort(ids)
 
-    def step(self) -> list[RequestOutput]:
+    def step(self) -> list[Output]:
         """One step of the core; the outputs that are due after it."""
         outputs, ends = self.outputs.process(self.client.step())
         for end in ends:

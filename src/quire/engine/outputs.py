@@ -1,9 +1,9 @@
 """From the core's deltas to what the user sees.
 
 Owns: the text of every sequence, the search for stop strings, logprobs by token id, the gathering of a request's
-sequences, and the choice of what each output carries. Tells the core, by an `End`, of sequences that a stop string
-ends: the core may be some tokens ahead, and whatever it still sends for them is ignored. Knows no queues and no clock
-but the one it is given.
+sequences, and the choice of what each output carries. Of a prompt that is
+pooled there is one output. Tells the core, by an `End`, of sequences that a stop string ends: the core may be some
+tokens ahead, and whatever it still sends for them is ignored. Knows no queues and no clock but the one it is given.
 """
 
 from __future__ import annotations
@@ -11,16 +11,27 @@ from __future__ import annotations
 import io
 import time
 from collections.abc import Callable, Iterable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import msgspec
 
 from quire.engine.detokenizer import Detokenizer, TextStream
 from quire.types.errors import ClientError
-from quire.types.outputs import CompletionOutput, Logprob, PromptLogprobs, RequestMetrics, RequestOutput
+from quire.types.outputs import (
+    CompletionOutput,
+    Logprob,
+    PoolingOutput,
+    PoolingRequestOutput,
+    PromptLogprobs,
+    RequestMetrics,
+    RequestOutput,
+)
 from quire.types.params import BeamSearchParams, RequestOutputKind, SamplingParams
 from quire.types.plan import TokenLogprobs
+from quire.types.pooling import PoolingParams
 from quire.types.request import Delta, FinishReason, Request
+
+Output = RequestOutput | PoolingRequestOutput[PoolingOutput]
 
 
 class End(msgspec.Struct, frozen=True):
@@ -57,7 +68,7 @@ class OutputProcessor:
     def __init__(self, detokenizer: Detokenizer | None, clock: Callable[[], float] = time.monotonic) -> None:
         self._detokenizer = detokenizer
         self._clock = clock
-        self._requests: dict[str, _RequestState] = {}
+        self._requests: dict[str, _RequestState | _PooledState] = {}
         self.observer: Observer = Unobserved()
 
     def add(self, request: Request, prompt: str | None = None, name: str | None = None) -> None:
@@ -65,26 +76,28 @@ class OutputProcessor:
         it is not `request.id`."""
         if request.id in self._requests:
             raise ClientError(f"request id {request.id!r} is already in use", "request_id", request.id)
+        if isinstance(request.params, PoolingParams):
+            self._requests[request.id] = _PooledState(request, name, self._clock())
+            return
         self._requests[request.id] = _RequestState(request, prompt, name, self._detokenizer, self._clock())
 
-    def abort(self, request_ids: Iterable[str]) -> list[RequestOutput]:
+    def abort(self, request_ids: Iterable[str]) -> list[Output]:
         """Forget requests; answers the last output of each, with what there is and the finish reason "abort"."""
-        outputs: list[RequestOutput] = []
+        outputs: list[Output] = []
         for request_id in request_ids:
             state = self._requests.pop(request_id, None)
             if state is not None:
-                for sequence in state.sequences:
-                    sequence.end("abort", None)
+                state.abort()
                 state.metrics.finished_time = self._clock()
                 self.observer.ended(state.request, state.metrics, state.reasons, state.cached_tokens)
                 if (last := state.output(finished=True)) is not None:
                     outputs.append(last)
         return outputs
 
-    def process(self, deltas: Iterable[Delta]) -> tuple[list[RequestOutput], list[End]]:
+    def process(self, deltas: Iterable[Delta]) -> tuple[list[Output], list[End]]:
         """Take in what a step brought. Answers the outputs that are due and the ends that the core must be told."""
         now = self._clock()
-        touched: dict[str, _RequestState] = {}
+        touched: dict[str, _RequestState | _PooledState] = {}
         ends: list[End] = []
         for delta in deltas:
             state = self._requests.get(delta.request_id)
@@ -94,7 +107,7 @@ class OutputProcessor:
             if at is not None:
                 ends.append(End(delta.request_id, delta.index, at))
             touched[delta.request_id] = state
-        outputs: list[RequestOutput] = []
+        outputs: list[Output] = []
         for request_id, state in touched.items():
             if finished := state.finished:
                 state.metrics.finished_time = now
@@ -109,13 +122,54 @@ class OutputProcessor:
         return len(self._requests)
 
 
+class _PooledState:
+    """One prompt that is pooled; see `_RequestState`."""
+
+    def __init__(self, request: Request, name: str | None, now: float) -> None:
+        self.request, self.name = request, name or request.id
+        self.cached_tokens: int | None = None
+        self.metrics = RequestMetrics(arrival_time=now)
+        self.reasons: list[str] = []
+        self._data: Any = None
+        self._error: str | None = None
+
+    def take(self, delta: Delta, now: float, observer: Observer) -> None:
+        self.cached_tokens, self._data = delta.cached_tokens, delta.pooled
+        metrics = self.metrics
+        metrics.scheduled_time, metrics.num_preemptions = delta.planned, delta.preemptions
+        if delta.finish is not None:
+            self.reasons = [delta.finish.value]
+        if delta.finish is FinishReason.STOP:
+            metrics.first_token_time = metrics.last_token_time = now if delta.first is None else delta.first
+        else:
+            self._error = delta.error or "the request was aborted"
+
+    def abort(self) -> None:
+        self.reasons, self._error = ["abort"], "the request was aborted"
+
+    @property
+    def finished(self) -> bool:
+        return bool(self.reasons)
+
+    def output(self, finished: bool) -> PoolingRequestOutput[PoolingOutput]:
+        return PoolingRequestOutput(
+            request_id=self.name,
+            outputs=PoolingOutput(self._data),
+            prompt_token_ids=self.request.prompt_token_ids,
+            finished=finished,
+            num_cached_tokens=self.cached_tokens,
+            metrics=self.metrics,
+            error=self._error,
+        )
+
+
 class _RequestState:
     """One request: its sequences and what they share."""
 
     def __init__(
         self, request: Request, prompt: str | None, name: str | None, detokenizer: Detokenizer | None, now: float
     ) -> None:
-        params = request.params
+        params = _sampled(request)
         self.request, self.prompt, self.name = request, prompt, name or request.id
         self.beam = isinstance(params, BeamSearchParams)
         count = params.beam_width if isinstance(params, BeamSearchParams) else params.n
@@ -157,6 +211,10 @@ class _RequestState:
                 observer.between(now - metrics.last_token_time, new)
             metrics.last_token_time = now
         return at
+
+    def abort(self) -> None:
+        for sequence in self.sequences:
+            sequence.end("abort", None)
 
     @property
     def reasons(self) -> list[str]:
@@ -234,7 +292,7 @@ class _SequenceState:
     """One sequence: tokens, text, logprobs, and how much of them was handed out."""
 
     def __init__(self, index: int, request: Request, detokenizer: Detokenizer | None) -> None:
-        params = request.params
+        params = _sampled(request)
         self.index, self.request, self.params = index, request, params
         self.tokens: list[int] = []
         self.text = _Text()
@@ -371,6 +429,11 @@ class _SequenceState:
             finish_reason=self.finish_reason,
             stop_reason=self.stop_reason,
         )
+
+
+def _sampled(request: Request) -> SamplingParams | BeamSearchParams:
+    assert not isinstance(request.params, PoolingParams)
+    return request.params
 
 
 def find_stop(text: str, begin: int, stops: Sequence[str]) -> tuple[int, str] | None:

@@ -24,6 +24,7 @@ import zmq
 
 from quire.config.schema import Config
 from quire.engine import wire
+from quire.models.registry import travelling
 from quire.parallel.launch import ERROR, Child, describe_exit
 from quire.types.errors import ClientError, EngineError
 from quire.types.params import SamplingParams
@@ -91,7 +92,7 @@ class ProcessClient:
     """
 
     def __init__(self, config: Config, stall_s: float = 0.0) -> None:
-        self._config, self._stall_s = config, stall_s
+        self._config, self._stall_s = travelling(config), stall_s
         self._context = zmq.Context(io_threads=1)
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._live: dict[str, _Live] = {}

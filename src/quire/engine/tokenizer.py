@@ -36,6 +36,15 @@ class Tokenizer(Protocol):
     def decoder(self) -> dict[str, Any] | None: ...
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]: ...
     def encode_batch(self, texts: Sequence[str], add_special_tokens: bool = True) -> list[list[int]]: ...
+    def encode_cut(self, text: str, add_special_tokens: bool, most: int, side: str) -> list[int]:
+        """At most `most` tokens, special ones among them; `side` ("left", "right") is where the text is cut."""
+        ...
+
+    def encode_pair(self, first: str, second: str, most: int | None = None) -> tuple[list[int], list[int]]:
+        """The tokens of two texts with what separates them, and of each token to which text it belongs. Beyond `most`
+        tokens the longer text is cut at its end."""
+        ...
+
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True, spaces_between: bool = True) -> str: ...
     def id_to_token(self, token_id: int) -> str | None: ...
     def transformers(self) -> Any: ...
@@ -96,6 +105,29 @@ class FastTokenizer:
         except TypeError as e:
             raise _no_text(e) from e
 
+    def encode_cut(self, text: str, add_special_tokens: bool, most: int, side: str) -> list[int]:
+        found = self._bare(text)
+        found.truncate(max(0, most - self._added(False, add_special_tokens)), direction=side)
+        return self.backend.post_process(found, None, add_special_tokens).ids
+
+    def encode_pair(self, first: str, second: str, most: int | None = None) -> tuple[list[int], list[int]]:
+        a, b = self._bare(first), self._bare(second)
+        if most is not None:
+            left, right = _share(len(a.ids), len(b.ids), max(0, most - self._added(True, True)))
+            a.truncate(left)
+            b.truncate(right)
+        whole = self.backend.post_process(a, b, True)
+        return whole.ids, whole.type_ids
+
+    def _bare(self, text: str) -> Any:
+        try:
+            return self.backend.encode(text, add_special_tokens=False)
+        except TypeError as e:
+            raise _no_text(e) from e
+
+    def _added(self, pair: bool, special: bool) -> int:
+        return self.backend.num_special_tokens_to_add(pair) if special else 0
+
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True, spaces_between: bool = True) -> str:
         return self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
@@ -122,6 +154,20 @@ class TransformersTokenizer:
 
     def encode_batch(self, texts: Sequence[str], add_special_tokens: bool = True) -> list[list[int]]:
         return [self.encode(text, add_special_tokens) for text in texts]
+
+    def encode_cut(self, text: str, add_special_tokens: bool, most: int, side: str) -> list[int]:
+        bare = self.encode(text, False)
+        room = max(0, most - (self.hf.num_special_tokens_to_add() if add_special_tokens else 0))
+        cut = bare[:room] if side == "right" else bare[len(bare) - min(room, len(bare)) :]
+        return self.hf.build_inputs_with_special_tokens(cut) if add_special_tokens else cut
+
+    def encode_pair(self, first: str, second: str, most: int | None = None) -> tuple[list[int], list[int]]:
+        a, b = self.encode(first, False), self.encode(second, False)
+        if most is not None:
+            left, right = _share(len(a), len(b), max(0, most - self.hf.num_special_tokens_to_add(pair=True)))
+            a, b = a[:left], b[:right]
+        types = self.hf.create_token_type_ids_from_sequences(a, b)
+        return self.hf.build_inputs_with_special_tokens(a, b), types
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True, spaces_between: bool = True) -> str:
         kwargs = {} if spaces_between else {"spaces_between_special_tokens": False}
@@ -210,6 +256,14 @@ def _templates(given: Any) -> dict[str, str]:
     if isinstance(given, str):
         return {"default": given}
     return dict(given) if isinstance(given, dict) else {entry["name"]: entry["template"] for entry in given}
+
+
+def _share(first: int, second: int, most: int) -> tuple[int, int]:
+    """Lengths of a pair that are `most` together: the longer one gives way."""
+    if first + second <= most:
+        return first, second
+    short = min(first, second, most // 2)
+    return (short, most - short) if first <= second else (most - short, short)
 
 
 def _text(token: Any) -> str | None:

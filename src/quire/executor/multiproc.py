@@ -34,6 +34,7 @@ import torch
 
 from quire.config.schema import Config
 from quire.executor.base import Result
+from quire.models.registry import travelling
 from quire.parallel.groups import join
 from quire.parallel.launch import ERROR, Channel, Child, describe_exit, load
 from quire.types.errors import ClientError, EngineError
@@ -106,7 +107,7 @@ class MultiprocExecutor:
     """
 
     def __init__(self, config: Config, world: int | None = None, worker: str = WORKER) -> None:
-        self._ranks = ranks = _Ranks(config, world or config.parallel.world_size, worker)
+        self._ranks = ranks = _Ranks(travelling(config), world or config.parallel.world_size, worker)
         self._finalizer = weakref.finalize(self, ranks.shutdown)
         try:
             ready = ranks.ready.result()

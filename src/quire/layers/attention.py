@@ -18,16 +18,24 @@ from quire.ops.dispatch import Binder
 from quire.ops.heads import HEADS
 
 
-class Heads(nn.Module):
-    """Head norm, rotation and KV write. `norm`: RMSNorm over each head of q and k, whose weights the checkpoint keeps
-    beside the parent of this module's parent as q_norm and k_norm."""
+def alibi_slopes(num_heads: int, largest: float = 8.0) -> tuple[float, ...]:
+    """The slopes of ALiBi (arXiv:2108.12409): 2^-x for x evenly spaced up to `largest`. Where the number of heads is no
+    power of two, every second of the next one's first, then the others as far as they are needed."""
+    count = 1 << (num_heads - 1).bit_length()
+    slopes = [2.0 ** (-largest * (i + 1) / count) for i in range(count)]
+    return tuple(slopes if count == num_heads else (slopes[1::2] + slopes[::2])[:num_heads])
 
-    def __init__(self, arch: ModelArch, rotary: Rotary | None, norm: bool) -> None:
+
+class Heads(nn.Module):
+    """Head norm, rotation and KV write. `norm`: of each head of q and k, whose weights the checkpoint keeps beside the
+    parent of this module's parent as q_norm and k_norm."""
+
+    def __init__(self, arch: ModelArch, rotary: Rotary | None, norm: type[RMSNorm] | None) -> None:
         super().__init__()
         self.head_dim, self.eps = arch.head_dim, arch.norm_eps
         self.rotary = rotary
-        self.q_norm = RMSNorm(arch.head_dim, arch.norm_eps, "../../../q_norm.weight") if norm else None
-        self.k_norm = RMSNorm(arch.head_dim, arch.norm_eps, "../../../k_norm.weight") if norm else None
+        self.q_norm = norm(arch.head_dim, arch.norm_eps, "../../../q_norm.weight") if norm else None
+        self.k_norm = norm(arch.head_dim, arch.norm_eps, "../../../k_norm.weight") if norm else None
         self.op = HEADS.reference
 
     def bind(self, ops: Binder) -> None:
@@ -52,7 +60,7 @@ class Heads(nn.Module):
 
 
 class Attention(nn.Module):
-    """`rotary`: None where positions come otherwise. `head_norm`: RMSNorm over each head of q and k. `slopes`: ALiBi,
+    """`rotary`: None where positions come otherwise. `head_norm`: the norm over each head of q and k. `slopes`: ALiBi,
     one for each query head.
     """
 
@@ -63,7 +71,7 @@ class Attention(nn.Module):
         arch: ModelArch,
         layer: int,
         rotary: Rotary | None = None,
-        head_norm: bool = False,
+        head_norm: type[RMSNorm] | None = None,
         scale: float | None = None,
         slopes: tuple[float, ...] | None = None,
     ) -> None:

@@ -7,7 +7,8 @@ Shape legend: T tokens, S sampled rows, D features, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from typing import Protocol
 
 import torch
@@ -83,7 +84,8 @@ class Linear(Matrix):
 
 class MergedLinear(Matrix):
     """Several linear layers of one input as one matrix. `parts` names them (siblings of this module in the checkpoint)
-    with their output sizes; `packed`: the checkpoint holds them as one tensor with this module's own name.
+    with their output sizes; `packed`: the checkpoint holds them as one tensor with this module's own name, side by side
+    or in `pieces` (which part, how many outputs) if their order is another.
     """
 
     bias: Tensor | None
@@ -96,21 +98,24 @@ class MergedLinear(Matrix):
         split: str | None = None,
         packed: bool = False,
         transposed: bool = False,
+        pieces: Sequence[tuple[str, int]] = (),
     ) -> None:
         super().__init__(split)
         self.sizes = list(parts.values())
         total = sum(self.sizes)
         weights: list[Part] = []
         biases: list[Part] = []
-        start = 0
-        for name, size in parts.items():
+        starts = dict(zip(parts, accumulate(self.sizes, initial=0), strict=False))
+        at = 0
+        for name, size in pieces or parts.items():
             prefix, height = ("", total) if packed else (f"../{name}.", size)
-            rows = slice(start, start + size) if packed else slice(None)
+            rows = slice(at, at + size) if packed else slice(None)
             shape = (inputs, height) if transposed else (height, inputs)
             take = (slice(None), rows) if transposed else (rows, slice(None))
-            weights.append(Part(prefix + "weight", shape, start, size, take, transposed))
-            biases.append(Part(prefix + "bias", (height,), start, size, (rows,)))
-            start += size
+            weights.append(Part(prefix + "weight", shape, starts[name], size, take, transposed))
+            biases.append(Part(prefix + "bias", (height,), starts[name], size, (rows,)))
+            starts[name] += size
+            at += size
         self.add_slot("weight", (total, inputs), weights)
         if bias:
             self.add_slot("bias", (total,), biases)
@@ -127,24 +132,25 @@ class MergedLinear(Matrix):
 
 
 class Embedding(Matrix):
-    """Rows of a table, by token id or by position (`offset` is added first)."""
+    """Rows of a table, by token id or by position (`offset` is added first), times `scale` in the model's type."""
 
-    def __init__(self, count: int, size: int, offset: int = 0, split: str | None = None) -> None:
+    def __init__(self, count: int, size: int, offset: int = 0, split: str | None = None, scale: float = 1.0) -> None:
         super().__init__(split)
-        self.offset = offset
+        self.offset, self.scale = offset, scale
         self.op = EMBEDDING.reference
         self.add_slot("weight", (count + offset, size))
 
     def bind(self, ops: Binder) -> None:
         self.dtype = ops.dtype
+        self.scale = torch.tensor(self.scale, dtype=ops.dtype).item()
         op = EMBEDDING if isinstance(self.weight, Tensor) else QUANTIZED_EMBEDDING
         self.op = ops.bind(op, size=self.weight.shape[1])
 
     def forward(self, ids_T: Tensor, add_TD: Tensor | None = None) -> Tensor:
         """The rows of the ids, plus `add`."""
         if isinstance(self.weight, Tensor):
-            return self.op(ids_T, self.weight, self.offset, add_TD)
-        return self.op(ids_T, self.weight, self.offset, self.dtype, add_TD)
+            return self.op(ids_T, self.weight, self.offset, add_TD, self.scale)
+        return self.op(ids_T, self.weight, self.offset, self.dtype, add_TD, self.scale)
 
 
 class LMHead(Matrix):

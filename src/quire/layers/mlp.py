@@ -34,12 +34,13 @@ class Activation(nn.Module):
 
 
 class MLP(nn.Module):
-    """down(act(gate(x)) * up(x)). Up to the gate it is one op, or two where the matrix is quantized."""
+    """down(act(gate(x)) * up(x)). Up to the gate it is one op, or two where the matrix is quantized. `packed`: gate and
+    up are one tensor in the checkpoint."""
 
-    def __init__(self, hidden: int, intermediate: int, kind: str, bias: bool = False) -> None:
+    def __init__(self, hidden: int, intermediate: int, kind: str, bias: bool = False, packed: bool = False) -> None:
         super().__init__()
         parts = {"gate_proj": intermediate, "up_proj": intermediate}
-        self.gate_up_proj = MergedLinear(hidden, parts, bias, split="columns")
+        self.gate_up_proj = MergedLinear(hidden, parts, bias, split="columns", packed=packed)
         self.down_proj = Linear(intermediate, hidden, bias, split="rows")
         self.kind = known_activation(kind)
         self.op = GATED_LINEAR.reference

@@ -6,7 +6,8 @@ Shape legend: T tokens, D hidden.
 
 from __future__ import annotations
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from quire.layers.slots import NORM, NORMAL, Part, SlotModule
 from quire.ops.dispatch import Binder
@@ -31,21 +32,36 @@ class RMSNorm(SlotModule):
         return self.op(x_TD, residual_TD, self.weight, self.eps)
 
 
+class OffsetRMSNorm(RMSNorm):
+    """The checkpoint holds what is to be added to 1. The sum is kept in float32, by which the norm is multiplied before
+    it is rounded (`ops.norm`), as Gemma's is."""
+
+    def __init__(self, size: int, eps: float, source: str = "weight") -> None:
+        super().__init__(size, eps, source)
+        self.slots["weight"].init = NORMAL
+
+    def build(self, length: int, device: torch.device) -> None:
+        self.weight = nn.Parameter(1.0 + self.weight.float(), requires_grad=False)
+        self.slots["weight"].mapped = False
+
+
 class LayerNorm(SlotModule):
-    """Layer norm; `affine=False`: without weights."""
+    """Layer norm; `affine=False`: without weights; `bias=False`: with a weight alone. `name`: what the checkpoint calls
+    this module, where it is another name."""
 
     weight: Tensor | None
     bias: Tensor | None
 
-    def __init__(self, size: int, eps: float, affine: bool = True) -> None:
+    def __init__(self, size: int, eps: float, affine: bool = True, bias: bool = True, name: str | None = None) -> None:
         super().__init__()
         self.size, self.eps = size, eps
         self.op = LAYER_NORM.reference
-        for name, init in (("weight", NORM), ("bias", NORMAL)):
-            if affine:
-                self.add_slot(name, (size,), init=init)
+        prefix = "" if name is None else f"../{name}."
+        for kind, init, there in (("weight", NORM, affine), ("bias", NORMAL, affine and bias)):
+            if there:
+                self.add_slot(kind, (size,), [Part(prefix + kind, (size,))], init)
             else:
-                self.no_slot(name)
+                self.no_slot(kind)
 
     def bind(self, ops: Binder) -> None:
         self.op = ops.bind(LAYER_NORM, size=self.size)

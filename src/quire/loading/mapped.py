@@ -15,6 +15,7 @@ import weakref
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from quire.config.files import LARGEST_HEADER, checkpoint_files
 from quire.layers.slots import Part, walk_slots
-from quire.loading.weights import checkpoint_files, known_name
+from quire.loading.weights import Translates, known_name
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-LARGEST_HEADER = 100_000_000  # bytes; the format's own bound
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +53,8 @@ def map_parameters(model: nn.Module, folder: Path, load_format: str, dtype: torc
     prefix = getattr(model, "prefix", "")
     for file in files:
         for name, tensor in _index(file):
+            if isinstance(model, Translates) and (name := model.rename(name) or "") == "":
+                continue
             known = known_name(name, prefix, names)
             if known is not None and known not in stored:
                 stored[known] = tensor
@@ -70,7 +73,7 @@ def mapped_bytes(model: nn.Module) -> int:
     """Bytes of the parameters that are mapped still; those that were quantized have been let go."""
     sizes: dict[int, int] = {}
     for _, module, name, slot in walk_slots(model):
-        parameter = getattr(module, name)
+        parameter = attrgetter(name)(module)
         if slot.mapped and isinstance(parameter, nn.Parameter):
             sizes[id(parameter)] = parameter.nbytes
     return sum(sizes.values())

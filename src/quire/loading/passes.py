@@ -15,7 +15,10 @@ from torch import nn
 from quire.config.schema import Config
 from quire.layers.linear import Matrix
 from quire.loading.mapped import map_parameters
+from quire.loading.pooling import load_dense
 from quire.loading.weights import load_weights
+from quire.models.choice import ENCODER, TRANSFORMERS, backend_class, encoder_class
+from quire.models.pooling import PoolingModel
 from quire.models.registry import ModelRegistry
 from quire.ops.dispatch import Binder
 from quire.quantization import SCHEMES, Scheme, mark_layers
@@ -90,6 +93,13 @@ class Binds(Protocol):
     def bind(self, ops: Binder) -> None: ...
 
 
+@runtime_checkable
+class Proves(Protocol):
+    """A model whose code is not quire's: what it does is tried before it runs."""
+
+    def prove(self, config: Config, device: torch.device, dtype: torch.dtype, ops: Binder) -> None: ...
+
+
 class Quantize:
     """Marks the layers that the scheme changes; `Finish` changes them, when their weights are there."""
 
@@ -139,9 +149,24 @@ def load_model(config: Config, device: torch.device, ops: Binder | None = None) 
             f"dtype {config.model.dtype!r} is not known; there are {', '.join(DTYPES)}", "dtype", config.model.dtype
         )
     context = LoadContext(config, device, dtype, ops or Binder(device, dtype))
-    model_class = ModelRegistry.resolve([config.model.arch.architecture])
-    with torch.device("meta"):
-        model: nn.Module = model_class(config.model.arch)
+    model = build_model(config, dtype)
     for _, change in passes(config.model.quantization):
         change(model, context)
+    if config.pooling is not None:  # a folder of their own
+        model.dense = load_dense(config.pooling.dense, config.load.load_format, device)
+    if isinstance(model, Proves):
+        model.prove(config, device, dtype, context.ops)
     return model.eval()
+
+
+def build_model(config: Config, dtype: torch.dtype) -> nn.Module:
+    """The module tree, parameters on the meta device. Raises `ClientError` for what no class implements."""
+    if config.model.model_impl == ENCODER:
+        return encoder_class()(config, dtype)
+    if config.model.model_impl == TRANSFORMERS:
+        return backend_class()(config, dtype)
+    arch = config.model.arch
+    with torch.device("meta"):
+        if config.pooling is not None:
+            return PoolingModel(arch, config.pooling, config.model.registered)
+        return ModelRegistry.resolve([arch.architecture], config.model.registered)(arch)

@@ -15,6 +15,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from quire.config.schema import Config
 from quire.types.outputs import RequestMetrics
 from quire.types.params import SamplingParams
+from quire.types.pooling import PoolingParams
 from quire.types.request import Request
 from quire.types.stats import EngineStats
 
@@ -130,14 +131,16 @@ class Metrics:
         params = request.params
         self._success[worst(reasons)].inc()
         prompt, made = len(request.prompt_token_ids), metrics.num_generation_tokens
-        n = params.n if isinstance(params, SamplingParams) else params.beam_width
         self._prompt.observe(prompt)
-        self._generation.observe(made)
-        self._longest.observe(-(-made // n))
         self._computed.observe(prompt - (cached or 0))
         self._cached.inc(cached or 0)
-        self._n.observe(n)
-        self._max_tokens.observe(params.max_tokens or 0)
+        n = 1
+        if not isinstance(params, PoolingParams):
+            n = params.n if isinstance(params, SamplingParams) else params.beam_width
+            self._generation.observe(made)
+            self._longest.observe(-(-made // n))
+            self._n.observe(n)
+            self._max_tokens.observe(params.max_tokens or 0)
         self._preempted.observe(metrics.num_preemptions)
         end = metrics.finished_time or metrics.arrival_time
         self._e2e.observe(end - metrics.arrival_time)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from quire.config.arch import ModelArch
+from quire.layers.elementwise import SoftCap
 from quire.layers.groups import kv_groups
 from quire.layers.linear import Embedding, LMHead
 from quire.layers.norm import LayerNorm, RMSNorm
@@ -20,7 +21,7 @@ from quire.layers.step import Step
 
 __all__ = ["Block", "CausalLM", "Decoder", "kv_groups"]
 
-# What makes one block: (arch, layer, the rotary shared by all layers). A block's forward is
+# What makes one block: (arch, layer, the rotary shared by the layers that turn alike). A block's forward is
 # (x_TD, residual_TD | None, positions_T, step) -> (x_TD, residual_TD).
 Block = Callable[[ModelArch, int, "Rotary | None"], nn.Module]
 
@@ -30,13 +31,20 @@ class Decoder(nn.Module):
 
     def __init__(self, arch: ModelArch, block: Block) -> None:
         super().__init__()
-        rotary = Rotary(arch.rope) if arch.rope is not None else None
-        self.embed_tokens = Embedding(arch.vocab_size, arch.hidden_size, split="vocab")
-        self.layers = nn.ModuleList(block(arch, i, rotary) for i in range(arch.num_layers))
+        ropes = [arch.rope_of(i) for i in range(arch.num_layers)]
+        rotaries = {rope: Rotary(rope) for rope in dict.fromkeys(ropes) if rope is not None}
+        scale = self.embedding_scale(arch)
+        self.embed_tokens = Embedding(arch.vocab_size, arch.hidden_size, split="vocab", scale=scale)
+        self.layers = nn.ModuleList(
+            block(arch, i, None if rope is None else rotaries[rope]) for i, rope in enumerate(ropes)
+        )
         self.norm = self.make_norm(arch)
 
     def make_norm(self, arch: ModelArch) -> RMSNorm | LayerNorm:
         return RMSNorm(arch.hidden_size, arch.norm_eps)
+
+    def embedding_scale(self, arch: ModelArch) -> float:
+        return 1.0
 
     def forward(self, tokens_T: Tensor, positions_T: Tensor, step: Step) -> Tensor:
         x_TD, residual_TD = self.embed_tokens(tokens_T), None
@@ -60,6 +68,7 @@ class CausalLM(nn.Module):
         assert isinstance(embed, Embedding)
         tied = embed if arch.tie_word_embeddings else None
         self.lm_head = LMHead(embed.weight.shape[1], arch.vocab_size, tied)
+        self.softcap = None if arch.logit_softcap is None else SoftCap(arch.logit_softcap)
 
     def make_body(self, arch: ModelArch) -> nn.Module:
         raise NotImplementedError
@@ -70,8 +79,6 @@ class CausalLM(nn.Module):
 
     def compute_logits(self, hidden_SD: Tensor, dtype: torch.dtype | None = torch.float32) -> Tensor:
         """Logits (S, V) of some hidden states in `dtype`; None: float32, or whatever is cheaper and as exact."""
-        cap = self.arch.logit_softcap
-        logits_SV = self.lm_head(hidden_SD, dtype if cap is None else torch.float32)
-        if cap is not None:
-            logits_SV = torch.tanh(logits_SV / cap) * cap
-        return logits_SV
+        if self.softcap is None:
+            return self.lm_head(hidden_SD, dtype)
+        return self.softcap(self.lm_head(hidden_SD, torch.float32))

@@ -18,13 +18,14 @@ from quire.models.base import CausalLM, Decoder
 
 
 class LlamaAttention(nn.Module):
-    head_norm = False
+    head_norm: type[RMSNorm] | None = None
+    packed = False  # q, k and v in one tensor of the checkpoint
 
     def __init__(self, arch: ModelArch, layer: int, rotary: Rotary | None) -> None:
         super().__init__()
         d, q, kv = arch.hidden_size, arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
         parts = {"q_proj": q, "k_proj": kv, "v_proj": kv}
-        self.qkv_proj = MergedLinear(d, parts, arch.attention_bias, split="heads")
+        self.qkv_proj = MergedLinear(d, parts, arch.attention_bias, split="heads", packed=self.packed)
         self.o_proj = Linear(q, d, arch.attention_out_bias, split="rows")
         self.attn = Attention(arch, layer, rotary, head_norm=self.head_norm)
 
@@ -34,14 +35,19 @@ class LlamaAttention(nn.Module):
 
 
 class LlamaBlock(nn.Module):
-    attention = LlamaAttention
+    attention: type[LlamaAttention] = LlamaAttention
+    norm: type[RMSNorm] = RMSNorm
 
     def __init__(self, arch: ModelArch, layer: int, rotary: Rotary | None) -> None:
         super().__init__()
-        self.input_layernorm = RMSNorm(arch.hidden_size, arch.norm_eps)
+        self.input_layernorm = self.norm(arch.hidden_size, arch.norm_eps)
         self.self_attn = self.attention(arch, layer, rotary)
-        self.post_attention_layernorm = RMSNorm(arch.hidden_size, arch.norm_eps)
-        self.mlp = MLP(arch.hidden_size, arch.intermediate_size, arch.activation, arch.mlp_bias)
+        self.post_attention_layernorm = self.norm(arch.hidden_size, arch.norm_eps)
+        self.mlp = self.make_mlp(arch, layer)
+
+    def make_mlp(self, arch: ModelArch, layer: int) -> nn.Module:
+        packed = self.attention.packed
+        return MLP(arch.hidden_size, arch.intermediate_size, arch.activation, arch.mlp_bias, packed)
 
     def forward(
         self, x_TD: Tensor, residual_TD: Tensor | None, positions_T: Tensor, step: Step
@@ -52,7 +58,8 @@ class LlamaBlock(nn.Module):
 
 
 class LlamaForCausalLM(CausalLM):
-    block = LlamaBlock
+    block: type[LlamaBlock] = LlamaBlock
+    decoder: type[Decoder] = Decoder
 
     def make_body(self, arch: ModelArch) -> nn.Module:
-        return Decoder(arch, self.block)
+        return self.decoder(arch, self.block)

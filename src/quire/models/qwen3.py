@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from quire.layers.norm import RMSNorm
 from quire.models.llama import LlamaAttention, LlamaBlock, LlamaForCausalLM
 
 
 class Qwen3Attention(LlamaAttention):
-    head_norm = True
+    head_norm = RMSNorm
 
 
 class Qwen3Block(LlamaBlock):

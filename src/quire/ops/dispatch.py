@@ -13,11 +13,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
-from importlib.metadata import entry_points
 from typing import Any
 
 import torch
 
+from quire import plugins
 from quire.types.errors import ClientError
 
 REFERENCE = "reference"
@@ -98,6 +98,7 @@ class OpRegistry:
     def __init__(self) -> None:
         self._ops: dict[str, Op] = {}
         self._plugins_loaded = False
+        self.failures: list[str] = []  # of plugins
 
     def op(self, name: str, reference: Callable[..., Any]) -> Op:
         assert name not in self._ops, f"op {name!r} is defined twice"
@@ -115,8 +116,7 @@ class OpRegistry:
         if self._plugins_loaded:
             return
         self._plugins_loaded = True
-        for point in entry_points(group="quire.ops"):
-            point.load()(self)
+        self.failures += plugins.run("quire.ops", (self,))
 
 
 REGISTRY = OpRegistry()
@@ -156,5 +156,5 @@ class Binder:
         for known, reason in reasons:
             if reason is None and wanted in (None, known.name):
                 return Choice(op.name, case, known.name, candidates), known.load()
-        listed = "; ".join(f"{name}: {reason or 'supported'}" for name, reason in candidates)
+        listed = "; ".join([*(f"{name}: {reason or 'supported'}" for name, reason in candidates), *REGISTRY.failures])
         raise ClientError(f"{op.name} cannot be served by {wanted!r} here. Candidates: {listed}", "ops", wanted)

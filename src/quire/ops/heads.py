@@ -30,8 +30,9 @@ def heads(
     k_norm_E: Tensor | None = None,
     eps: float = 0.0,
 ) -> Tensor:
-    """RMSNorm of each head where there are weights, rotation (`ops.rotary`) where there is a table; writes keys and
-    values into the pages `kv` (2, N, B, K, E) at their slots (`ops.cache.write_kv`) and returns the queries (T, H, E).
+    """RMSNorm (`ops.norm`) of each head where there are weights, rotation (`ops.rotary`) where there is a table; writes
+    keys and values into the pages `kv` (2, N, B, K, E) at their slots (`ops.cache.write_kv`) and returns the queries
+    (T, H, E).
 
     q, k and v may be views of one wider tensor. In a step every write of a layer comes before any read of it.
     """

@@ -15,11 +15,14 @@ from quire.ops.dispatch import REGISTRY
 
 def rms_norm(x_TD: Tensor, residual_TD: Tensor | None, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """(norm(x + residual) * weight, x + residual); no residual counts as zero. Any leading shape.
-    Statistics in float32 (arXiv:1910.07467)."""
+    Statistics in float32 (arXiv:1910.07467). The norm is rounded to the type of x before it meets the weight; beside a
+    weight in float32 only afterwards."""
     total_TD = x_TD if residual_TD is None else x_TD + residual_TD
     x = total_TD.float()
     x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
-    return weight_D * x.to(x_TD.dtype), total_TD
+    if weight_D.dtype == x_TD.dtype:
+        return weight_D * x.to(x_TD.dtype), total_TD
+    return (weight_D * x).to(x_TD.dtype), total_TD
 
 
 def layer_norm(

@@ -40,15 +40,24 @@ def rotary_table(rope: RopeParams, length: int, device: torch.device) -> Tensor:
     frequencies of a sequence of p + 1 tokens: a function of the position alone, so that chunks, preemption and shared
     prefixes cannot change it. It equals Transformers for sequences up to `max_position`, and beyond them for a cached
     decode of one token a step.
+
+    "longrope": Transformers divides all of a sequence's frequencies by the long factors once it outgrows the original
+    length, so that its cache has to be made anew. Here `length`, the longest a sequence may get, decides for all of
+    them: keys and shared prefixes stay what they are. It equals Transformers for every sequence where `length` is
+    within the original one, and else for those that outgrow it.
     """
     positions = torch.arange(length, dtype=torch.float32)
     if rope.kind == "dynamic":
         inv_freq = _dynamic(rope, torch.arange(1, length + 1))
         factor = 1.0
+    elif rope.kind == "longrope":
+        inv_freq, factor = _longrope(rope, length), rope.attention_factor
     elif rope.kind in _KINDS:
         inv_freq, factor = _KINDS[rope.kind](rope)
     else:
-        raise ClientError(f"rope type {rope.kind!r} is not supported; there are {', '.join([*_KINDS, 'dynamic'])}")
+        raise ClientError(
+            f"rope type {rope.kind!r} is not supported; there are {', '.join([*_KINDS, 'dynamic', 'longrope'])}"
+        )
     angles = positions.unsqueeze(-1) * inv_freq
     return torch.stack((angles.cos() * factor, angles.sin() * factor)).to(device)
 
@@ -71,6 +80,12 @@ def _dynamic(rope: RopeParams, lengths_L: Tensor) -> Tensor:
     growth_L = (rope.factor * lengths_L.clamp(min=most) / most) - (rope.factor - 1)
     base_L1 = (rope.theta * growth_L ** (dim / (dim - 2))).unsqueeze(-1)
     return 1.0 / (base_L1 ** _exponents(rope))
+
+
+def _longrope(rope: RopeParams, length: int) -> Tensor:
+    """LongRoPE (arXiv:2402.13753): a divisor for each frequency, one list up to the original length, one beyond."""
+    divisors = rope.long_factor if length > rope.original_max_position else rope.short_factor
+    return 1.0 / (torch.tensor(divisors, dtype=torch.float32, device="cpu") * rope.theta ** _exponents(rope))
 
 
 def _llama3(rope: RopeParams) -> tuple[Tensor, float]:

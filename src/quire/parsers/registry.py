@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import difflib
 from importlib import import_module
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint
 from typing import Any
 
+from quire import plugins
 from quire.types.errors import ClientError
 
 
@@ -17,7 +18,7 @@ class Parsers:
     def __init__(self, group: str, parameter: str, built_in: dict[str, str]) -> None:
         self._group = group
         self._parameter = parameter
-        self._targets: dict[str, type[Any] | str] = dict(built_in)
+        self._targets: dict[str, type[Any] | str | EntryPoint] = dict(built_in)
         self._plugins_found = False
 
     def register(self, name: str, target: type[Any] | str) -> None:
@@ -38,19 +39,28 @@ class Parsers:
             near = difflib.get_close_matches(name, self._targets, 3, 0.5)
             known = f"did you mean {' or '.join(near)}?" if near else f"quire has {', '.join(self.names())}"
             raise ClientError(f"no {self._parameter} is named {name!r}: {known}", self._parameter, name)
-        if isinstance(target, str):
-            module, _, attribute = target.partition(":")
-            try:
-                target = getattr(import_module(module), attribute)
-            except (ImportError, AttributeError) as e:
-                text = f"{self._parameter} {name!r} is registered as {target!r}: {e}"
-                raise ClientError(text, self._parameter, name) from e
-            assert not isinstance(target, str)
-            self._targets[name] = target
-        return target  # pyright: ignore[reportReturnType]
+        if isinstance(target, type):
+            return target
+        try:
+            self._targets[name] = made = _imported(target)
+        except plugins.PluginError as e:
+            raise ClientError(
+                f"{self._parameter} {name!r} comes from a plugin that fails: {e}", self._parameter, name
+            ) from e
+        except Exception as e:  # somebody else's module
+            text = f"{self._parameter} {name!r} is registered as {target!r}: {type(e).__name__}: {e}"
+            raise ClientError(text, self._parameter, name) from e
+        return made
 
     def _find_plugins(self) -> None:
         if not self._plugins_found:
             self._plugins_found = True
-            for point in entry_points(group=self._group):
-                self._targets.setdefault(point.name, point.value)
+            for point in plugins.found(self._group):
+                self._targets.setdefault(point.name, point)
+
+
+def _imported(target: str | EntryPoint) -> type[Any]:
+    if isinstance(target, EntryPoint):
+        return plugins.load(target)
+    module, _, attribute = target.partition(":")
+    return getattr(import_module(module), attribute)

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from importlib import import_module
-from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any, Protocol
 
+from quire import plugins
 from quire.types.errors import ClientError, EngineError
 from quire.types.params import SamplingParams
 
@@ -55,21 +55,25 @@ class LogitsProcessor(Protocol):
 
 def has_processors(names: Iterable[str | type]) -> bool:
     """Whether `processor_classes` would find any."""
-    return any(True for _ in names) or bool(entry_points(group=ENTRY_POINTS))
+    return any(True for _ in names) or bool(plugins.found(ENTRY_POINTS))
 
 
 def processor_classes(names: Iterable[str | type]) -> list[tuple[str, Any]]:
     """(name, class) of those of the environment's entry points, then of those named ("module:Class", "module.Class" or
-    a class). Raises `ClientError` where one cannot be imported."""
-    found: list[tuple[Any, Callable[[], Any]]] = [(p.name, p.load) for p in entry_points(group=ENTRY_POINTS)]
-    found += [(name, lambda name=name: _find(name)) for name in names]
+    a class). A plugin that cannot be imported is left out, with a warning; raises `ClientError` where one that was
+    asked for cannot."""
     classes: list[tuple[str, Any]] = []
-    for name, load in found:
+    for point in plugins.found(ENTRY_POINTS):
+        try:
+            classes.append((point.name, plugins.load(point)))
+        except plugins.PluginError as error:
+            plugins.skipped(error)
+    for name in names:
         if not isinstance(name, str | type):
             text = f'logits_processors must be classes, or names "module:Class", got {name!r}'
             raise ClientError(text, "logits_processors", name)
         try:
-            classes.append((str(name), load()))
+            classes.append((str(name), _find(name)))
         except Exception as error:
             text = f"logits processor {str(name)!r} cannot be imported: {one_line(error)}"
             raise ClientError(text, "logits_processors", name) from error

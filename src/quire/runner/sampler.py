@@ -299,6 +299,10 @@ class Sampler:
 
     def _sampled(self, tokens_S: Tensor, top_S: Tensor, failed: list[tuple[int, str]], lines: list[_Lines]) -> Sampled:
         """Starts the copies to the host."""
+        if self.device.type == "cpu":  # torch's operations, which each step evicts from the caches, take 0.1 ms
+            host = np.empty((len(tokens_S), 2))
+            host[:, 0], host[:, 1] = tokens_S.numpy(), top_S.numpy()
+            return Sampled(tokens_S, failed, torch.from_numpy(host), lines)
         return self._to_host(tokens_S, torch.stack((tokens_S.double(), top_S.double()), 1), failed, lines)
 
     def _to_host(self, tokens_S: Tensor, packed: Tensor, failed: list[tuple[int, str]], lines: list[_Lines]) -> Sampled:

@@ -7,19 +7,37 @@ legend: R rows, P pages of a row, G KV groups.
 
 from __future__ import annotations
 
+from typing import Generic, Protocol, TypeVar
+
 import numpy as np
 import torch
 from torch import Tensor
 
-from quire.runner.sampler import Sampler
 from quire.runner.sampling_state import to_device
 from quire.runner.upload import Upload
-from quire.types.plan import Ints, Plan
+from quire.types.plan import Ints, NewRow, Plan
 
 
-class RequestTable:
+class RowState(Protocol):
+    """What the rows' requests ask for: of sampling (`SamplingState`) or of pooling."""
+
+    def add(self, new_row: NewRow) -> None: ...
+    def retire(self, rows: Ints) -> None: ...
+    def fork(self, forks: Ints) -> None: ...
+
+
+State = TypeVar("State", bound=RowState, covariant=True)
+
+
+class Makes(Protocol[State]):
+    def new_state(self, max_rows: int, max_len: int) -> State: ...
+
+
+class RequestTable(Generic[State]):
+    """`sampler`: who samples the rows, or pools them."""
+
     def __init__(
-        self, max_rows: int, max_len: int, block_size: int, num_groups: int, sampler: Sampler, device: torch.device
+        self, max_rows: int, max_len: int, block_size: int, num_groups: int, sampler: Makes[State], device: torch.device
     ) -> None:
         pages = -(-max_len // block_size)
         self.padding_row = max_rows
@@ -31,7 +49,7 @@ class RequestTable:
             torch.full((max_rows + 1, pages), -1, dtype=torch.int32, device=device) for _ in range(num_groups)
         ]
         self.prompt_length = np.zeros(max_rows, np.int64)
-        self.sampling = sampler.new_state(max_rows, max_len)
+        self.sampling: State = sampler.new_state(max_rows, max_len)
 
     def stage(self, plan: Plan, upload: Upload) -> None:
         """Put the plan's changes of the rows into the step's one copy to the device."""

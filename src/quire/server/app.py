@@ -19,7 +19,8 @@ from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 
-from quire.server import live, page, protocol
+from quire.server import live, page, pooling, protocol
+from quire.server import protocol_pooling as pooled
 from quire.server.chat import chat, render
 from quire.server.completions import complete, generate
 from quire.server.errors import ApiError, api_error
@@ -81,6 +82,7 @@ def build(served: Served) -> Any:
     app.router.route_class = _Route
     _errors(app)
     _generation(app, served)
+    _pooling(app, served)
     _models(app, served)
     _operation(app, served)
     if not served.args.disable_ui:
@@ -179,6 +181,43 @@ def _generation(app: FastAPI, served: Served) -> None:
     async def plain(body: GenerateRequest, request: Request) -> Response:
         """Continue a prompt: the plain interface."""
         return await generate(served, body, request)
+
+
+def _pooling(app: FastAPI, served: Served) -> None:
+    def answers(model: type) -> dict[int | str, dict[str, Any]]:
+        return {**ERRORS, 200: {"model": model, "description": "The answer"}}
+
+    def post(path: str, model: type) -> Any:
+        name = path.strip("/").replace("/", "_")
+        return app.post(path, responses=answers(model), response_class=Response, operation_id=name)
+
+    @post("/v1/embeddings", pooled.EmbeddingResponse)
+    async def embeddings(body: pooled.EmbeddingRequest, request: Request) -> Response:
+        """A vector of each text."""
+        return await pooling.embeddings(served, body, request)
+
+    @post("/pooling", pooled.PoolingResponse)
+    async def pool(body: pooled.PoolingRequest, request: Request) -> Response:
+        """What the model makes of each text, or of each of its tokens."""
+        return await pooling.pooling(served, body, request)
+
+    @post("/classify", pooled.ClassifyResponse)
+    async def classify(body: pooled.ClassifyRequest, request: Request) -> Response:
+        """The class of each text, with the probabilities of all."""
+        return await pooling.classify(served, body, request)
+
+    @post("/score", pooled.ScoreResponse)
+    @post("/v1/score", pooled.ScoreResponse)
+    async def score(body: pooled.ScoreRequest, request: Request) -> Response:
+        """How well the texts of each pair belong together."""
+        return await pooling.score(served, body, request)
+
+    @post("/rerank", pooled.RerankResponse)
+    @post("/v1/rerank", pooled.RerankResponse)
+    @post("/v2/rerank", pooled.RerankResponse)
+    async def rerank(body: pooled.RerankRequest, request: Request) -> Response:
+        """Documents in the order in which they answer a query."""
+        return await pooling.rerank(served, body, request)
 
 
 def _models(app: FastAPI, served: Served) -> None:

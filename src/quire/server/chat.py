@@ -26,7 +26,7 @@ from quire.types.outputs import CompletionOutput, RequestOutput
 
 async def chat(served: Served, body: ChatRequest, request: Request) -> Response:
     """Raises `ApiError`, `ClientError`, `EngineError`."""
-    model = served.check_model(body.model)
+    model = served.check_text(body.model)
     prompt = await render(served, body)
     most = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
     params = body.params(served.defaults, _logprobs(body), most)

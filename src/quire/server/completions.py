@@ -23,7 +23,7 @@ from quire.types.params import SamplingParams
 
 async def complete(served: Served, body: CompletionRequest, request: Request) -> Response:
     """Raises `ApiError`, `ClientError`, `EngineError`."""
-    model = served.check_model(body.model)
+    model = served.check_text(body.model)
     prompts = _prompts(body)
     params = _params(served, body)
     if len(prompts) * params.n > MAX_SEQUENCES:
@@ -144,6 +144,7 @@ class _Answer:
 
 async def generate(served: Served, body: GenerateRequest, request: Request) -> Response:
     """vLLM's demo server: `{"text": [prompt + output, ...]}`, streaming as one JSON object a line."""
+    served.check_text(None)
     params = body.params(served.defaults, None, 16 if body.max_tokens is None else body.max_tokens)
     drafts = await served.prepare([body.prompt], params)
     run = Run(served, served.request_id("gen", None, request.headers.get("x-request-id")), drafts, body.priority)

@@ -10,19 +10,19 @@ import logging
 import time
 import uuid
 from collections.abc import AsyncGenerator, Sequence
-from typing import Any
+from typing import Any, Generic, TypeVar, cast
 
 from quire.config.args import ServerArgs
 from quire.config.schema import Config
 from quire.engine.async_engine import AsyncLLM, Mailbox, Stream
-from quire.engine.inputs import Draft
+from quire.engine.inputs import Draft, Params
+from quire.engine.outputs import Output
 from quire.engine.process import ProcessClient
 from quire.engine.tokenizer import Tokenizer
 from quire.metrics.prometheus import Metrics
 from quire.server.errors import ApiError, ClientGone, unavailable
 from quire.types.errors import ClientError
 from quire.types.outputs import RequestOutput
-from quire.types.params import SamplingParams
 from quire.utils.logging import fields
 
 log = logging.getLogger(__name__)
@@ -38,7 +38,7 @@ class Served:
         self.metrics = Metrics(self.names[0], config)
         self.created = int(time.time())
         self.draining = False
-        self.runs: set[Run] = set()
+        self.runs: set[Run[Any]] = set()
         self.preparing: set[asyncio.Task[Any]] = (
             set()
         )  # those that answer requests which have no run, and no answer yet
@@ -82,6 +82,14 @@ class Served:
             raise ApiError(404, text, "model_not_found", "model")
         return name or self.names[0]
 
+    def check_text(self, name: str | None) -> str:
+        """As `check_model`; raises for a model that generates no text too."""
+        name = self.check_model(name)
+        if (pooling := self.config.pooling) is not None:
+            text = f"the model {name!r} generates no text: it has {', '.join(pooling.tasks)}"
+            raise ApiError(400, text, "unsupported_task", "model")
+        return name
+
     def ill(self) -> str | None:
         """Why no tokens can be expected now; None while all is well."""
         if self._engine is None:
@@ -121,7 +129,7 @@ class Served:
     def request_id(self, prefix: str, asked: str | None, header: str | None) -> str:
         return f"{prefix}-{asked or header or uuid.uuid4().hex}"
 
-    async def prepare(self, prompts: Sequence[Any], params: SamplingParams, special: bool = True) -> list[Draft]:
+    async def prepare(self, prompts: Sequence[Any], params: Params, special: bool = True) -> list[Draft]:
         """Raises `ClientError`."""
         drafts = await self.engine.prepare(prompts, [params] * len(prompts), add_special_tokens=special)
         limit = self.args.max_prompt_tokens
@@ -132,8 +140,11 @@ class Served:
         return drafts
 
 
-class Run:
-    """One HTTP request's prompts in the engine."""
+Answer = TypeVar("Answer", bound=Output)
+
+
+class Run(Generic[Answer]):
+    """One HTTP request's prompts in the engine, and what comes of them: texts, or vectors."""
 
     def __init__(self, served: Served, id: str, drafts: Sequence[Draft], priority: int) -> None:
         served.admit(drafts)
@@ -166,26 +177,26 @@ class Run:
         about = fields(request_id=self.id, prompt_tokens=[tokens for tokens, _ in asked], params=str(asked[0][1]))
         log.info("request %s: %s prompt tokens, %s", self.id, self.prompt_tokens, asked[0][1], extra=about)
 
-    async def outputs(self) -> AsyncGenerator[list[tuple[int, RequestOutput]]]:
+    async def outputs(self) -> AsyncGenerator[list[tuple[int, Answer]]]:
         """(prompt, output) as they come, as many at a time as there are. Raises what ended a request early."""
         while self._left:
-            found: list[tuple[int, RequestOutput]] = []
+            found: list[tuple[int, Answer]] = []
             failed: Exception | None = None
             for key, item in await self._box.get():
                 if isinstance(item, Exception):
                     failed = item
                     break
                 self._count(item)
-                found.append((key, item))
+                found.append((key, cast(Answer, item)))
             if found:
                 yield found
             if failed is not None:
                 raise failed
 
-    async def whole(self, receive: Any) -> list[RequestOutput]:
+    async def whole(self, receive: Any) -> list[Answer]:
         """The last output of each prompt. Raises `ClientGone` where nobody waits for it."""
         watcher = asyncio.ensure_future(self.watch(receive))
-        last: list[RequestOutput | None] = [None] * len(self.drafts)
+        last: list[Answer | None] = [None] * len(self.drafts)
         try:
             async for batch in self.outputs():
                 for key, output in batch:
@@ -207,11 +218,12 @@ class Run:
             stream.close(error)
         self._served.runs.discard(self)
 
-    def _count(self, output: RequestOutput) -> None:
+    def _count(self, output: Output) -> None:
         if output.finished:
             self._left -= 1
             self.cached_tokens += output.num_cached_tokens or 0
-        self.completion_tokens += sum(len(o.token_ids) for o in output.outputs)
+        if isinstance(output, RequestOutput):
+            self.completion_tokens += sum(len(o.token_ids) for o in output.outputs)
 
     def usage(self) -> dict[str, Any]:
         return {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, Generic, TypeAlias, TypeVar
 
 
 @dataclass(slots=True)
@@ -74,6 +74,75 @@ class RequestOutput:
     metrics: RequestMetrics | None = None
     lora_request: Any = None
     num_cached_tokens: int | None = None
+
+
+@dataclass(slots=True)
+class PoolingOutput:
+    """What became of a prompt: a vector (D,), or one for each of its tokens (L, D), float32. A `torch.Tensor` where
+    `LLM` or `AsyncLLM.encode` answers, a NumPy array before."""
+
+    data: Any
+
+
+@dataclass(slots=True)
+class EmbeddingOutput:
+    embedding: list[float]
+
+    @property
+    def hidden_size(self) -> int:
+        return len(self.embedding)
+
+
+@dataclass(slots=True)
+class ClassificationOutput:
+    """`probs`: one for each class; raw scores where `use_activation` is off."""
+
+    probs: list[float]
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.probs)
+
+
+@dataclass(slots=True)
+class ScoringOutput:
+    score: float
+
+
+Pooled = TypeVar("Pooled")
+
+
+@dataclass(slots=True)
+class PoolingRequestOutput(Generic[Pooled]):
+    """A prompt that was pooled. `num_cached_tokens` is how much of it came from the prefix cache. `error`: why there is
+    nothing in `outputs`, where something went wrong."""
+
+    request_id: str
+    outputs: Pooled
+    prompt_token_ids: list[int]
+    finished: bool = True
+    num_cached_tokens: int | None = None
+    metrics: RequestMetrics | None = None
+    error: str | None = None
+
+
+class EmbeddingRequestOutput(PoolingRequestOutput[EmbeddingOutput]):
+    """A prompt that was embedded."""
+
+
+class ClassificationRequestOutput(PoolingRequestOutput[ClassificationOutput]):
+    """A prompt that was classified."""
+
+
+class ScoringRequestOutput(PoolingRequestOutput[ScoringOutput]):
+    """A pair of texts that was scored."""
+
+
+def error_of(output: RequestOutput | PoolingRequestOutput[Any]) -> str | None:
+    """Why a request ended with an error, if it did."""
+    if isinstance(output, PoolingRequestOutput):
+        return output.error
+    return next((str(o.stop_reason) for o in output.outputs if o.finish_reason == "error"), None)
 
 
 @dataclass(slots=True)

@@ -81,9 +81,9 @@ class StructuredOutputsParams(msgspec.Struct, omit_defaults=True):
                 _refuse("structured_outputs.choice must be a list of strings, none of them empty")
             self.choice = list(dict.fromkeys(self.choice))
         for name in ("disable_any_whitespace", "disable_additional_properties"):
-            _flag(f"structured_outputs.{name}", getattr(self, name))
+            flag(f"structured_outputs.{name}", getattr(self, name))
         if self.json_object is not None:
-            _flag("structured_outputs.json_object", self.json_object)
+            flag("structured_outputs.json_object", self.json_object)
         if self.disable_any_whitespace and self.whitespace_pattern is not None:
             _refuse("structured_outputs: disable_any_whitespace and whitespace_pattern contradict each other")
 
@@ -100,7 +100,7 @@ class RepetitionDetectionParams(msgspec.Struct):
     min_count: int = 0
 
 
-def _int(name: str, value: Any, low: int, high: int | None = None, hint: str = "") -> int:
+def integer(name: str, value: Any, low: int, high: int | None = None, hint: str = "") -> int:
     """`value` as an int in [low, high]; anything that is an integer by `__index__` will do, except a bool."""
     try:
         number = operator.index(value)
@@ -145,10 +145,10 @@ def _ids(name: str, value: Any) -> list[int]:
     """Token ids, without repetitions, in the order given."""
     if isinstance(value, str | bytes) or not hasattr(value, "__iter__"):
         raise ClientError(f"{name} must be a list of token ids, got {value!r}", name, value)
-    return list(dict.fromkeys(_int(name, v, 0) for v in value))
+    return list(dict.fromkeys(integer(name, v, 0) for v in value))
 
 
-def _flag(name: str, value: Any) -> None:
+def flag(name: str, value: Any) -> None:
     if not isinstance(value, bool):
         raise ClientError(f"{name} must be True or False, got {value!r}", name, value)
 
@@ -166,7 +166,7 @@ _GONE = {  # of older vLLM
 }
 
 
-class _Named(msgspec.StructMeta):
+class Named(msgspec.StructMeta):
     """Structs that answer a field which does not exist, or is missing, with what to write instead."""
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
@@ -188,7 +188,7 @@ _FLAGS = (
 )  # fmt: skip
 
 
-class SamplingParams(msgspec.Struct, metaclass=_Named, omit_defaults=True, tag=True):
+class SamplingParams(msgspec.Struct, metaclass=Named, omit_defaults=True, tag=True):
     """Sampling of one request, with vLLM's fields and defaults.
 
     Args:
@@ -293,7 +293,7 @@ class SamplingParams(msgspec.Struct, metaclass=_Named, omit_defaults=True, tag=T
                 raise ClientError(f"n must be 1 with greedy sampling (temperature=0), got n={self.n}", "n", self.n)
 
     def _normalize_numbers(self) -> None:
-        self.n = _int("n", self.n, 1, MAX_N)
+        self.n = integer("n", self.n, 1, MAX_N)
         self.presence_penalty = _number("presence_penalty", self.presence_penalty, -2, 2)
         self.frequency_penalty = _number("frequency_penalty", self.frequency_penalty, -2, 2)
         self.repetition_penalty = _number("repetition_penalty", self.repetition_penalty, 0, math.inf, open_low=True)
@@ -302,28 +302,28 @@ class SamplingParams(msgspec.Struct, metaclass=_Named, omit_defaults=True, tag=T
             logger.warning("temperature %g is too small to compute with; using %g", self.temperature, MIN_TEMPERATURE)
             self.temperature = MIN_TEMPERATURE
         self.top_p = _number("top_p", self.top_p, 0, 1, open_low=True)
-        self.top_k = max(0, _int("top_k", self.top_k, -1, hint=" (0 or -1: all tokens)"))
+        self.top_k = max(0, integer("top_k", self.top_k, -1, hint=" (0 or -1: all tokens)"))
         self.min_p = _number("min_p", self.min_p, 0, 1)
         if self.seed is not None:
-            seed = _int("seed", self.seed, -(2**63), 2**64 - 1)
+            seed = integer("seed", self.seed, -(2**63), 2**64 - 1)
             self.seed = None if seed == -1 else seed
         if self.max_tokens is not None:
-            self.max_tokens = _int("max_tokens", self.max_tokens, 1, hint=" (None: up to the model's length)")
-        self.min_tokens = _int("min_tokens", self.min_tokens, 0)
+            self.max_tokens = integer("max_tokens", self.max_tokens, 1, hint=" (None: up to the model's length)")
+        self.min_tokens = integer("min_tokens", self.min_tokens, 0)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             text = f"min_tokens must not exceed max_tokens={self.max_tokens}, got {self.min_tokens}"
             raise ClientError(text, "min_tokens", self.min_tokens)
         if self.truncate_prompt_tokens is not None:
-            value = _int("truncate_prompt_tokens", self.truncate_prompt_tokens, -1)
+            value = integer("truncate_prompt_tokens", self.truncate_prompt_tokens, -1)
             if value == 0:
                 raise ClientError("truncate_prompt_tokens must be -1 or at least 1, got 0", "truncate_prompt_tokens", 0)
             self.truncate_prompt_tokens = value
         if self.stream_interval is not None:
-            self.stream_interval = _int("stream_interval", self.stream_interval, 1)
+            self.stream_interval = integer("stream_interval", self.stream_interval, 1)
 
     def _normalize_stops(self) -> None:
         for name in _FLAGS:
-            _flag(name, getattr(self, name))
+            flag(name, getattr(self, name))
         self.stop = _strings("stop", self.stop)
         self.bad_words = _strings("bad_words", self.bad_words)
         self.stop_token_ids = [] if self.stop_token_ids is None else _ids("stop_token_ids", self.stop_token_ids)
@@ -338,7 +338,7 @@ class SamplingParams(msgspec.Struct, metaclass=_Named, omit_defaults=True, tag=T
             value = getattr(self, name)
             if isinstance(value, bool):
                 value = 1 if value else None
-            setattr(self, name, None if value is None else _int(name, value, -1, hint=" (-1: the whole vocabulary)"))
+            setattr(self, name, None if value is None else integer(name, value, -1, hint=" (-1: the whole vocabulary)"))
         if self.logprob_token_ids is not None:
             ids = self.logprob_token_ids = _ids("logprob_token_ids", self.logprob_token_ids)
             if not 1 <= len(ids) <= MAX_LOGPROB_TOKEN_IDS:
@@ -432,7 +432,7 @@ _CONTAINERS = (
 def _bias_key(key: Any) -> int:
     """A token id; JSON clients can only write strings."""
     try:
-        return _int("logit_bias", int(key) if isinstance(key, str) else key, 0)
+        return integer("logit_bias", int(key) if isinstance(key, str) else key, 0)
     except ValueError as e:
         raise ClientError(f"logit_bias keys must be token ids, got {key!r}", "logit_bias", key) from e
 
@@ -443,7 +443,7 @@ def _bias_value(value: Any) -> float:
     raise ClientError(f"logit_bias values must be numbers, got {value!r}", "logit_bias", value)
 
 
-class BeamSearchParams(msgspec.Struct, metaclass=_Named, omit_defaults=True, tag=True):
+class BeamSearchParams(msgspec.Struct, metaclass=Named, omit_defaults=True, tag=True):
     """Beam search of one request: the `beam_width` best lines of at most `max_tokens` tokens, ordered by
     sum of logprobs / length ** length_penalty."""
 
@@ -463,12 +463,12 @@ class BeamSearchParams(msgspec.Struct, metaclass=_Named, omit_defaults=True, tag
 
     def normalize(self) -> None:
         """Check every field; see `SamplingParams.normalize`."""
-        self.beam_width = _int("beam_width", self.beam_width, 1)
-        self.max_tokens = _int("max_tokens", self.max_tokens, 1)
+        self.beam_width = integer("beam_width", self.beam_width, 1)
+        self.max_tokens = integer("max_tokens", self.max_tokens, 1)
         self.temperature = _number("temperature", self.temperature, 0, 2)
         self.length_penalty = _number("length_penalty", self.length_penalty, -math.inf, math.inf)
         for name in ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens"):
-            _flag(name, getattr(self, name))
+            flag(name, getattr(self, name))
         if self.allowed_token_ids is not None:
             self.allowed_token_ids = _ids("allowed_token_ids", self.allowed_token_ids)
             if not self.allowed_token_ids:

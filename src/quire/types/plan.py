@@ -17,7 +17,8 @@ other as far as device memory can tell; that order is the contract which lets th
 6. `swap_out`, then `swap_in`, then `copies` move whole pages (of each list, all sources are read before any
    destination is written);
 7. the ragged batch of `rows` runs; in each layer every KV write precedes every read;
-8. `sample_rows` are sampled from the hidden states at the end of `rows[sample_index]`.
+8. `sample_rows` are sampled from the hidden states at the end of `rows[sample_index]`; of the rows in `pool_index` the
+   prompt is complete, and its hidden states are pooled.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quire.types.params import SamplingParams
+from quire.types.pooling import PoolingParams
 
 Ints = NDArray[np.int32]
 
@@ -44,7 +46,8 @@ class NewRow(msgspec.Struct, frozen=True):
 
     `prompt_length` is the number of prompt tokens. `tokens` holds every token known so far, prompt first, but only
     where sampling needs the history (`params.needs_history`); else it is empty. `eos_token_ids` are masked until
-    `params.min_tokens` are there. `position_offset` is added to the token index to give the position.
+    `params.min_tokens` are there. `position_offset` is added to the token index to give the position. `pooling`: of a
+    row that is pooled; then nothing is sampled, and `params` say nothing.
     """
 
     row: int
@@ -56,6 +59,7 @@ class NewRow(msgspec.Struct, frozen=True):
     tokens: Ints
     eos_token_ids: tuple[int, ...] = ()
     position_offset: int = 0
+    pooling: PoolingParams | None = None
 
 
 class TableDelta(msgspec.Struct, frozen=True):
@@ -79,6 +83,7 @@ class Plan(msgspec.Struct, frozen=True):
     `sample_index`, `sample_rows` (S,): the hidden state at the end of `rows[sample_index[s]]` is sampled with the
     parameters of row `sample_rows[s]`, which also receives the token. They differ where a prompt is shared by n > 1;
     then S may exceed R.
+    `pool_index` (P,): rows of the step that end with it, and are pooled instead of sampled.
     `swap_out` (., 2) device block -> host block; `swap_in` (., 2) host block -> device block;
     `copies` (., 2) device block -> device block; `forks` (., 3) source row, destination row, sample index.
     `fence`: swaps of plans up to this number must have finished before this plan touches device blocks.
@@ -102,6 +107,7 @@ class Plan(msgspec.Struct, frozen=True):
     swap_in: Ints = msgspec.field(default_factory=lambda: ints((), (0, 2)))
     fence: int = -1
     positions: Ints | None = None
+    pool_index: Ints = msgspec.field(default_factory=ints)
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True):
@@ -126,7 +132,8 @@ class StepResult(msgspec.Struct, frozen=True):
 
     `tokens` (S, 1+k) and `accepted` (S,): the first `accepted[s]` tokens of line s are valid (1 without speculation).
     `logprobs[s]` is None where row s asked for none. `failed`: (index into the sampled rows, message) of rows whose own
-    work went wrong (say a logits processor raised); the others are not touched by it.
+    work went wrong (say a logits processor raised); the others are not touched by it. `pooled`: of each row of
+    `pool_index` its vector (D,), or one for each token of its prompt (L, D).
     """
 
     number: int
@@ -135,6 +142,7 @@ class StepResult(msgspec.Struct, frozen=True):
     logprobs: tuple[TokenLogprobs | None, ...] | None = None
     prompt_logprobs: tuple[PromptLogprobs, ...] = ()
     failed: tuple[tuple[int, str], ...] = ()
+    pooled: tuple[NDArray[np.float32], ...] = ()
 
 
 def _enc(obj: Any) -> Any:

@@ -17,9 +17,10 @@ class TextPrompt(TypedDict):
 
 
 class TokensPrompt(TypedDict):
-    """A prompt as token ids; `prompt`, if given, is only reported back."""
+    """A prompt as token ids; `prompt`, if given, is only reported back. `token_type_ids`: of a pair of texts."""
 
     prompt_token_ids: Required[list[int]]
+    token_type_ids: NotRequired[list[int]]
     prompt: NotRequired[str]
     multi_modal_data: NotRequired[Mapping[str, Any] | None]
     mm_processor_kwargs: NotRequired[dict[str, Any] | None]

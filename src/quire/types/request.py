@@ -8,9 +8,12 @@ from __future__ import annotations
 import enum
 
 import msgspec
+import numpy as np
+from numpy.typing import NDArray
 
 from quire.types.params import BeamSearchParams, SamplingParams
 from quire.types.plan import PromptLogprobs, TokenLogprobs
+from quire.types.pooling import PoolingParams
 
 
 class FinishReason(enum.StrEnum):
@@ -35,7 +38,7 @@ class Request(msgspec.Struct, frozen=True):
 
     id: str
     prompt_token_ids: list[int]
-    params: SamplingParams | BeamSearchParams
+    params: SamplingParams | BeamSearchParams | PoolingParams
     seed: int
     eos_token_ids: tuple[int, ...] = ()
     priority: int = 0
@@ -54,7 +57,7 @@ class Delta(msgspec.Struct, omit_defaults=True):
     prefix cache (set on a request's first delta of each sequence). `planned`, `first`: when the request was first
     planned and when its first token came, in seconds of the machine's monotonic clock (set on its first delta).
     `preemptions`: of its request so far, set
-    with `finish`.
+    with `finish`. `pooled`: what a request for pooling asked for, see `StepResult`.
     """
 
     request_id: str
@@ -70,3 +73,4 @@ class Delta(msgspec.Struct, omit_defaults=True):
     planned: float | None = None
     first: float | None = None
     preemptions: int = 0
+    pooled: NDArray[np.float32] | None = None

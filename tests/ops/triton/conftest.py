@@ -7,6 +7,7 @@ import os
 import pkgutil
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -27,13 +28,12 @@ if INTERPRETED:
 
     interpreter._patch_lang_tensor = patched
 
-    dot: Any = interpreter.InterpreterBuilder.create_dot
-
-    def create_dot(self: Any, a: Any, b: Any, *args: Any) -> Any:
-        """bfloat16 is kept as integers, which the interpreter would multiply."""
-        return dot(
-            self, *(self.cast_impl(x, tl.float32) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b)), *args
-        )
+    def create_dot(self: Any, a: Any, b: Any, d: Any, *args: Any) -> Any:
+        """bfloat16 is kept as integers, which the interpreter would multiply; and a row's sums must round alike
+        wherever it is in a tile, as on a GPU, which BLAS does not promise."""
+        x, y = ((self.cast_impl(z, tl.float32) if z.dtype.scalar == tl.bfloat16 else z).data for z in (a, b))
+        rows = np.einsum("ik,kj->ij", x.astype(d.data.dtype), np.ascontiguousarray(y.astype(d.data.dtype)))
+        return interpreter.TensorHandle(rows + d.data, d.dtype.scalar)
 
     interpreter.InterpreterBuilder.create_dot = create_dot
     for module in pkgutil.iter_modules(kernels.__path__):

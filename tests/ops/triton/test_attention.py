@@ -122,11 +122,20 @@ def test_rules(device: torch.device, rows: list[tuple[int, int]], rule: dict[str
         {"heads": 6, "kv_heads": 2, "size": 64, "block": 24},
         {"heads": 20, "kv_heads": 1, "size": 16, "block": 1},
         {"heads": 2, "kv_heads": 2, "size": 256},
+        {"heads": 71, "kv_heads": 1, "size": 64, "dtype": torch.bfloat16},
     ],
     ids=str,
 )
 def test_shapes(device: torch.device, rows: list[tuple[int, int]], shape: dict[str, int]) -> None:
     World(rows, **shape).check(device)
+
+
+@pytest.mark.parametrize("rows", [DECODES, MIXED], ids=["decodes", "mixed"])
+@pytest.mark.parametrize("kv_heads", [1, 4])
+def test_a_cap_a_window_and_wide_heads(device: torch.device, rows: list[tuple[int, int]], kv_heads: int) -> None:
+    """Gemma 2's."""
+    shape: dict[str, Any] = {"heads": 8, "kv_heads": kv_heads, "size": 256, "dtype": torch.bfloat16}
+    World(rows, **shape, window=50).check(device, softcap=5.0)
 
 
 @pytest.mark.parametrize("kv_dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -151,6 +160,14 @@ def test_where_only_the_device_knows_the_counts(
 def test_prompts_of_common_heads(device: torch.device, size: int, window: int | None) -> None:
     rows = [(7, 1), (0, 1), (300, 200), (129, 128), (256, 256), (200, 64)]
     World(rows, size=size, window=window, dtype=torch.bfloat16).check(device)
+
+
+@pytest.mark.parametrize("heads", [2, 4, 32])
+@pytest.mark.parametrize(("dtype", "block"), [(torch.bfloat16, 32), (torch.float16, 16)])
+def test_prompts_of_the_commonest_heads(device: torch.device, dtype: torch.dtype, block: int, heads: int) -> None:
+    """What a kernel for one kind of GPU serves."""
+    rows = [(300, 200), (0, 20), (1, 1), (129, 128), (128, 128)]
+    World(rows, heads=heads, size=128, dtype=dtype, block=block).check(device)
 
 
 def test_long_rows_are_cut_and_put_together(device: torch.device) -> None:
@@ -209,3 +226,99 @@ def test_invariant_bits_depend_neither_on_steps_nor_on_neighbours(
         world.group = GroupMeta(first.repeat(len(world.rows), 1), whole.group.slots_T)
         got = world.kernel(device, captured=captured and among, invariant=True)
         assert torch.equal(got[: stop - start], expected[start:stop])
+
+
+def shared(world: World, prefixes: list[tuple[list[int], int]]) -> World:
+    """Rows that read the first pages of the first of them, so many."""
+    tables = world.group.block_tables_RP
+    for rows, pages in prefixes:
+        for row in rows[1:]:
+            assert world.window is None and world.rows[row][0] > pages * world.block < world.rows[rows[0]][0]
+            tables[row, :pages] = tables[rows[0], :pages]
+    return world
+
+
+PREFIXES: list[tuple[list[tuple[int, int]], list[tuple[list[int], int]]]] = [
+    ([(700, 1)] * 9, [(list(range(9)), 40)]),  # two packs of four and a row that is left
+    ([(300, 1), (257, 1), (1500, 1), (400, 1), (0, 1), (20, 1)], [([0, 1, 2, 3], 16)]),
+    ([(520, 1), (600, 1), (530, 1), (610, 1), (520, 1), (600, 1)], [([0, 2, 4], 32), ([1, 3, 5], 33)]),  # two prefixes
+    ([(700, 1), (700, 1), (700, 1), (700, 1)], [([0, 1, 2, 3], 20), ([0, 1], 40), ([2, 3], 43)]),  # a tree
+    ([(700, 1), (700, 1)], [([0, 1], 15)]),  # too little
+    ([(2600, 1), (2500, 1), (2049, 1), (2040, 1), (2600, 1)], [([0, 1, 2, 3, 4], 127)]),  # segments of several tiles
+    ([(700, 1), (690, 3), (700, 1), (660, 40), (700, 1), (300, 2), (700, 1)], [([0, 1, 2, 3, 4, 6], 39)]),  # mixed
+]
+
+
+@pytest.mark.parametrize("captured", [False, True])
+@pytest.mark.parametrize(("rows", "prefixes"), PREFIXES)
+def test_rows_that_share_pages(
+    device: torch.device, rows: list[tuple[int, int]], prefixes: list[tuple[list[int], int]], captured: bool
+) -> None:
+    shared(World(rows), prefixes).check(device, captured)
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [{"block": 32}, {"block": 24}, {"block": 1}, {"heads": 2}, {"heads": 32}, {"heads": 10}, {"size": 80}],
+    ids=str,
+)
+def test_shapes_of_rows_that_share_pages(device: torch.device, shape: dict[str, int]) -> None:
+    block = shape.get("block", 16)
+    for pages in (300 // block, 512 // block + 1):
+        shared(World([(700, 1)] * 5, **shape), [(list(range(5)), pages)]).check(device)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_rules_for_rows_that_share_pages(device: torch.device, rule: dict[str, Any]) -> None:
+    shared(World([(700, 1)] * 5), [(list(range(5)), 40)]).check(device, **rule)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("rows", "prefixes"), [PREFIXES[i] for i in (0, 2, 3, 5)])
+def test_the_bits_of_a_row_do_not_depend_on_who_shares_its_pages(
+    device: torch.device, rows: list[tuple[int, int]], prefixes: list[tuple[list[int], int]], dtype: torch.dtype
+) -> None:
+    batch = shared(World(rows, dtype=dtype), prefixes)
+    together = batch.kernel(device)
+    for row, (length, _) in enumerate(rows):
+        alone = World([(length, 1)], dtype=dtype)
+        alone.kv, alone.q = batch.kv, batch.q[row : row + 1]
+        alone.group = GroupMeta(batch.group.block_tables_RP[row : row + 1], batch.group.slots_T)
+        assert torch.equal(alone.kernel(device), together[row : row + 1])
+
+
+def test_who_is_packed(device: torch.device) -> None:
+    """That the tests above test something: pages are read once for a pack."""
+    from quire.ops.triton import attention as module
+
+    world = shared(World([(700, 1)] * 9), [(list(range(9)), 40)])
+    meta = world.meta(device)
+    q, kv, table_RP = (x.to(device) for x in (world.q, world.kv, world.group.block_tables_RP))
+    step = module.Step(q, kv, meta, 0.3, None, None, False, False, table_RP)
+    assert step.packs is not None
+    counts = step.packs[1].tolist()
+    assert counts == [4, 0, 0, 0, 4, 0, 0, 0, 0] and step.packs[0].tolist() == [10] * 8 + [0]
+
+
+@pytest.mark.parametrize("captured", [False, True])
+@pytest.mark.parametrize("window", [None, 300, 1000])
+@pytest.mark.parametrize(
+    "rows", [[(1500, 20)], [(1500, 14), (20, 1), (0, 1), (700, 6)], [(900, 9), (600, 2), (1400, 6), (64, 1)]]
+)
+def test_few_tokens_behind_many(
+    device: torch.device, rows: list[tuple[int, int]], window: int | None, captured: bool
+) -> None:
+    """Tiles of queries that are cut over their keys."""
+    world = World(rows, heads=4, kv_heads=1, window=window)
+    world.check(device, captured)
+    world.check(device, captured, softcap=3.0, slopes_H=torch.tensor([0.5, 0.25, 0.1, 0.05]))
+
+
+@pytest.mark.parametrize("invariant", [False, True])
+def test_which_tiles_are_cut(device: torch.device, invariant: bool) -> None:
+    from quire.ops.triton import attention as module
+
+    world = World([(1500, 20)], heads=4, kv_heads=1)
+    q, kv, table_RP = (x.to(device) for x in (world.q, world.kv, world.group.block_tables_RP))
+    step = module.Step(q, kv, world.meta(device), 0.3, None, None, False, invariant, table_RP)
+    assert (step.tile_work[1].item() > 3) != invariant

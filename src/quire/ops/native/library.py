@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
-ABI = 3
+ABI = 4
 FILE = Path(__file__).with_name("libquire.so")
 POINTERS, INTS, FLOATS, DIMS = 12, 16, 4, 16
 

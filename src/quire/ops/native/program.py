@@ -20,8 +20,8 @@ from quire.ops.native.library import Dims, Operation, Pool
 if TYPE_CHECKING:
     from quire.ops.linear import QuantizedWeight
 
-NOP, LINEAR, RMS_NORM, LAYER_NORM, ACTIVATION, GATHER, ADD, HEADS, ATTENTION, ARGMAX, LINEAR_Q, SAMPLE = range(12)
-GATED, SOLO = 1 << 16, 1 << 17
+NOP, LINEAR, RMS_NORM, LAYER_NORM, ACTIVATION, GATHER, SAMPLE, HEADS, ATTENTION, ARGMAX, LINEAR_Q, ADD = range(12)
+GATED, SOLO, WIDE = 1 << 16, 1 << 17, 1 << 18
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 INT8 = 3
 
@@ -60,6 +60,11 @@ def stride(x: Tensor | None) -> int:
 
 def _small(tokens: int, width: int) -> int:
     return SOLO if 0 <= tokens * width < SMALL else 0
+
+
+def _wide(weight: Tensor | None, x: Tensor) -> int:
+    """Whether the weight of an RMSNorm is kept in float32 beside numbers of a smaller type."""
+    return WIDE if weight is not None and weight.dtype != x.dtype else 0
 
 
 def _cache(kv: Tensor | None) -> int:
@@ -115,7 +120,8 @@ def norm(
     size = x_TD.shape[-1]
     ints = (tokens, size, stride(x_TD), stride(residual_TD), stride(out_TD), stride(total_TD))
     pointers = (x_TD, residual_TD, weight_D, out_TD, total_TD, bias_D)
-    return make(op, TYPES[x_TD.dtype] | _small(tokens, size), pointers, ints, (eps,))
+    flags = TYPES[x_TD.dtype] | _small(tokens, size) | (_wide(weight_D, x_TD) if op == RMS_NORM else 0)
+    return make(op, flags, pointers, ints, (eps,))
 
 
 def activation(x_TD: Tensor, out_TD: Tensor, kind: str, gated: bool, tokens: int) -> Operation:
@@ -125,23 +131,33 @@ def activation(x_TD: Tensor, out_TD: Tensor, kind: str, gated: bool, tokens: int
     return make(ACTIVATION, flags, (x_TD, out_TD), (tokens, size, stride(x_TD), stride(out_TD)))
 
 
+def softcap(x_TD: Tensor, out_TD: Tensor, cap: float, tokens: int) -> Operation:
+    """out = cap * tanh(x / cap)."""
+    made = activation(x_TD, out_TD, "tanh", False, tokens)
+    made.f[0] = cap
+    return made
+
+
 def gather(
-    ids_T: Tensor, table_VD: Tensor, out_TD: Tensor, tokens: int, offset: int = 0, add_TD: Tensor | None = None
-) -> Operation:
-    """out = table[ids + offset] + add."""
+    ids_T: Tensor, table_VD: Tensor, out_TD: Tensor, tokens: int, offset: int = 0, add_TD: Tensor | None = None,
+    scale: float = 1.0,
+) -> Operation:  # fmt: skip
+    """out = table[ids + offset] * scale + add."""
     rows, size = table_VD.shape
     ints = (tokens, size, rows, stride(table_VD), stride(out_TD), offset, stride(add_TD))
-    return make(GATHER, TYPES[table_VD.dtype] | _small(tokens, size), (ids_T, table_VD, out_TD, add_TD), ints)
+    flags = TYPES[table_VD.dtype] | _small(tokens, size)
+    return make(GATHER, flags, (ids_T, table_VD, out_TD, add_TD), ints, (scale,))
 
 
 def quantized_gather(
-    ids_T: Tensor, table: QuantizedWeight, out_TD: Tensor, tokens: int, offset: int = 0, add_TD: Tensor | None = None
-) -> Operation:
+    ids_T: Tensor, table: QuantizedWeight, out_TD: Tensor, tokens: int, offset: int = 0, add_TD: Tensor | None = None,
+    scale: float = 1.0,
+) -> Operation:  # fmt: skip
     """As `gather`, from a table in 8 bits with one scale for each row."""
     rows, size = table.shape
     ints = (tokens, size, rows, stride(table.q), stride(out_TD), offset, stride(add_TD))
     flags = TYPES[out_TD.dtype] | INT8 << 4 | _small(tokens, size)
-    return make(GATHER, flags, (ids_T, table.q, out_TD, add_TD, table.scale_NG), ints)
+    return make(GATHER, flags, (ids_T, table.q, out_TD, add_TD, table.scale_NG), ints, (scale,))
 
 
 def add(a_TD: Tensor, b_TD: Tensor, out_TD: Tensor, tokens: int) -> Operation:
@@ -153,8 +169,7 @@ def add(a_TD: Tensor, b_TD: Tensor, out_TD: Tensor, tokens: int) -> Operation:
 def heads(
     q_THE: Tensor | None, k_TKE: Tensor | None, v_TKE: Tensor | None, tokens: int, *, table_2LF: Tensor | None = None,
     positions_T: Tensor | None = None, slots_T: Tensor | None = None, kv: Tensor | None = None,
-    q_out_THE: Tensor | None = None, k_out_TKE: Tensor | None = None, q_norm_E: Tensor | None = None,
-    k_norm_E: Tensor | None = None, eps: float = 0.0,
+    q_out_THE: Tensor | None = None, q_norm_E: Tensor | None = None, k_norm_E: Tensor | None = None, eps: float = 0.0,
 ) -> Operation:  # fmt: skip
     """Head norm, rotation and KV write, each where its tensors are given. `kv`: (2, N, B, K, E), or in int8 as
     `ops.cache` says."""
@@ -163,11 +178,11 @@ def heads(
     h_kv = next((x.shape[1] for x in (k_TKE, v_TKE) if x is not None), 0)
     length, half = (0, 0) if table_2LF is None else table_2LF.shape[1:]
     ints = (tokens, h_q, h_kv, some.shape[2], half, length, stride(q_THE), stride(k_TKE), stride(v_TKE),
-            stride(q_out_THE), stride(k_out_TKE), *((0, 0) if kv is None else kv.stride()[2:4]))  # fmt: skip
+            stride(q_out_THE), *((0, 0) if kv is None else kv.stride()[2:4]))  # fmt: skip
     keys, values = (None, None) if kv is None else (kv[0], kv[1])
-    pointers = (q_THE, k_TKE, v_TKE, table_2LF, positions_T, slots_T, keys, values, q_out_THE, k_out_TKE, q_norm_E,
+    pointers = (q_THE, k_TKE, v_TKE, table_2LF, positions_T, slots_T, keys, values, q_out_THE, q_norm_E,
                 k_norm_E)  # fmt: skip
-    flags = TYPES[some.dtype] | _cache(kv) | _small(tokens, (h_q + 2 * h_kv) * some.shape[2])
+    flags = TYPES[some.dtype] | _cache(kv) | _wide(q_norm_E, some) | _small(tokens, (h_q + 2 * h_kv) * some.shape[2])
     return make(HEADS, flags, pointers, ints, (eps,))
 
 

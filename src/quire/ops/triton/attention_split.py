@@ -11,10 +11,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from quire.ops.triton.attention_shared import MEMBERS
 from quire.ops.triton.attention_work import ITEM
 from quire.ops.triton.launch import Kernel, release, wait
 
-_ITEM = tl.constexpr(ITEM)
+_ITEM, _MEMBERS = tl.constexpr(ITEM), tl.constexpr(MEMBERS)
+_THREADS = tl.constexpr(128)  # of a program: 4 warps
 _LOG2E = tl.constexpr(1.4426950408889634)
 
 
@@ -58,34 +60,40 @@ def pages_of(pages_ptr, j, first, last, B: tl.constexpr):
 @triton.jit
 def _leave(
     parts_ptr, tops_ptr, place, own, m, norm, acc,
-    M: tl.constexpr, ROWS: tl.constexpr, SHARED: tl.constexpr, EP: tl.constexpr,
+    M: tl.constexpr, ROWS: tl.constexpr, SHARED: tl.constexpr, G: tl.constexpr, K: tl.constexpr, EP: tl.constexpr,
+    SHARING: tl.constexpr,
 ):  # fmt: skip
-    """Leaves a partial result for who finishes the row. Only the first ROWS rows can be of use: the others are added as
-    zeros, which takes less shared memory on the way than a tile that is mostly filling."""
+    """Leaves a partial result for who finishes the row: for each row of the tile at `place`, or where no packs are at
+    `place` of the first. Then the first ROWS rows alone can be of use: the others are added as zeros, which takes less
+    shared memory on the way than a tile that is mostly filling."""
     rows = tl.arange(0, M)
-    tl.store(tops_ptr + place * (2 * SHARED) + rows, m, mask=own)
-    tl.store(tops_ptr + place * (2 * SHARED) + SHARED + rows, norm, mask=own)
-    acc = tl.where(own[:, None], acc, 0.0)
-    if ROWS < M:
-        acc = tl.sum(tl.reshape(acc, (M // ROWS, ROWS, EP)), 0)
-    rows = tl.arange(0, ROWS)
+    spot = place if SHARING else place + rows // G * K
+    tl.store(tops_ptr + spot * (2 * G) + rows % G, m, mask=own)
+    tl.store(tops_ptr + spot * (2 * G) + G + rows % G, norm, mask=own)
     e = tl.arange(0, EP)
-    tl.store(parts_ptr + (place * SHARED + rows)[:, None] * EP + e[None, :], acc, mask=(rows < SHARED)[:, None])
+    if SHARING or ROWS == M:
+        tl.store(parts_ptr + (spot * G + rows % G)[:, None] * EP + e[None, :], acc, mask=own[:, None])
+    else:
+        acc = tl.sum(tl.reshape(tl.where(own[:, None], acc, 0.0), (M // ROWS, ROWS, EP)), 0)
+        rows = tl.arange(0, ROWS)
+        spot = place + rows // G * K
+        tl.store(parts_ptr + (spot * G + rows % G)[:, None] * EP + e[None, :], acc, mask=(rows < SHARED)[:, None])
 
 
 @Kernel
 def split_attention(
-    q_ptr, kv_ptr, table_ptr, slopes_ptr, out_ptr, items_ptr, arrived_ptr, parts_ptr, tops_ptr,
-    TABLE, WINDOW, PAGES, RANGES, q_token: tl.constexpr, q_head: tl.constexpr, scale: tl.constexpr,
+    q_ptr, kv_ptr, table_ptr, slopes_ptr, out_ptr, items_ptr, arrived_ptr, slots_ptr, parts_ptr, tops_ptr,
+    TABLE, WINDOW, PAGES, RANGES, PACKED, q_token: tl.constexpr, q_head: tl.constexpr, scale: tl.constexpr,
     softcap: tl.constexpr, H: tl.constexpr, K: tl.constexpr, E: tl.constexpr, EP: tl.constexpr, B: tl.constexpr,
     EXACT: tl.constexpr, WIDE: tl.constexpr, WINDOWED: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr,
-    BQ: tl.constexpr, M: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+    SHARING: tl.constexpr, BQ: tl.constexpr, M: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
+    MOST: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One program for each range and KV head.
+    """One program for each range and KV head. With SHARING a tile of queries may be one token of each row of a pack.
 
-    `parts_ptr` float32 (slots, K, BQ*G, EP) and `tops_ptr` (slots, K, 2, BQ*G): weighted sums, and maxima (of powers of
-    two) and sums of weights, of the segments of rows that several programs share. Who arrives last at such a row folds
-    them in order, and leaves the counter at zero for the next layer.
+    `parts_ptr` float32 (slots, K, G, EP) and `tops_ptr` (slots, K, 2, G): weighted sums, and maxima (of powers of two)
+    and sums of weights, of the segments of rows that several programs share; a row of up to BQ tokens has a slot for
+    each. Who arrives last at such a row folds them in order, and leaves the counter at zero for the next layer.
     """
     release(PDL)
     wait(PDL)
@@ -119,10 +127,24 @@ def split_attention(
 
         own = rows < count * G
         h = head * G + rows % G
-        q_at = (token + rows // G) * q_token + h * q_head
+        at = position + rows // G
+        token_m = token + rows // G
+        place = slot.to(tl.int64) * K + head
+        step = K
+        if SHARING:
+            packed = tl.load(item_ptr + 14) > 0
+            step = tl.load(item_ptr + 15) * K
+            theirs = own & packed
+            token_m = tl.where(packed, tl.load(item_ptr + 16 + rows // G, mask=theirs, other=0), token_m)
+            member = tl.load(item_ptr + 16 + _MEMBERS + rows // G, mask=theirs, other=0)
+            spot = tl.where(packed, PACKED + member * MOST, rows // G)
+            place = (slot + spot).to(tl.int64) * K + head
+            at = tl.where(packed, 1 << 30, at)
+        elif BQ > 1:
+            step = BQ * K
+        q_at = token_m * q_token + h * q_head
         there = own[:, None] if E == EP else own[:, None] & (e < E)[None, :]
         q = tl.load(q_ptr + q_at[:, None] + e[None, :], mask=there, other=0.0).to(kind)
-        at = position + rows // G
         slope = tl.load(slopes_ptr + h, mask=own, other=0.0).to(tl.float32) if ALIBI else 0.0
 
         m = tl.full((M,), float("-inf"), tl.float32)
@@ -130,9 +152,10 @@ def split_attention(
         acc = tl.zeros((M, EP), tl.float32)
         m_all, norm_all, acc_all = m, norm, acc
         left = segment
-        place = slot.to(tl.int64) * K + head
         pages_ptr = table_ptr + row * TABLE
         last = position + count
+        if SHARING:
+            last = position + tl.where(packed, 1, count)
         first = tl.maximum(position + 1 - WINDOW, 0) if WINDOWED else 0
         page = pages_of(pages_ptr, start * TILE + lane, first, last, B)
         for t in tl.range(start, stop, num_stages=STAGES):
@@ -160,8 +183,8 @@ def split_attention(
                 if run == 0:
                     m_all, norm_all, acc_all = fold(m_all, norm_all, acc_all, m, norm, acc)
                 else:
-                    _leave(parts_ptr, tops_ptr, place, own, m, norm, acc, M, ROWS, SHARED, EP)
-                    place += K
+                    _leave(parts_ptr, tops_ptr, place, own, m, norm, acc, M, ROWS, SHARED, G, K, EP, SHARING)
+                    place += step
                 m = tl.full((M,), float("-inf"), tl.float32)
                 norm = tl.zeros((M,), tl.float32)
                 acc = tl.zeros((M, EP), tl.float32)
@@ -170,7 +193,7 @@ def split_attention(
 
         if slot < 0:
             out = acc_all / tl.where(norm_all == 0.0, 1.0, norm_all)[:, None]
-            out_at = (token + rows // G) * (H * E) + h * E
+            out_at = token_m * (H * E) + h * E
             tl.store(
                 out_ptr + out_at[:, None] + e[None, :],
                 out.to(out_ptr.dtype.element_ty),
@@ -178,45 +201,91 @@ def split_attention(
             )
         else:
             if run == 0:
-                _leave(parts_ptr, tops_ptr, place, own, m_all, norm_all, acc_all, M, ROWS, SHARED, EP)
-            tl.debug_barrier()
-            counter_ptr = arrived_ptr + slot_0 * K + head
-            if tl.atomic_add(counter_ptr, 1, sem="acq_rel") == runs - 1:
-                tl.store(counter_ptr, 0)
-                _finish(
-                    out_ptr, parts_ptr, tops_ptr, slot_0, slots, head, token, count * G,
-                    H, K, E, EP, SHARED, ROWS,
+                _leave(
+                    parts_ptr, tops_ptr, place, own, m_all, norm_all, acc_all, M, ROWS, SHARED, G, K, EP, SHARING
                 )  # fmt: skip
+            tl.debug_barrier()
+            if SHARING:
+                _arrive(
+                    out_ptr, parts_ptr, tops_ptr, item_ptr, arrived_ptr, slots_ptr, packed, row.to(tl.int32), token,
+                    count, slot_0, slots, runs, step, head, H, K, E, EP, M, ROWS,
+                )  # fmt: skip
+            else:
+                counter_ptr = arrived_ptr + row * K + head
+                if tl.atomic_add(counter_ptr, 1, sem="acq_rel") == runs - 1:
+                    tl.store(counter_ptr, 0)
+                    i = tl.arange(0, ROWS)
+                    _finish(
+                        out_ptr, parts_ptr, tops_ptr, slot_0 + i // G, tl.where(i < count * G, slots, 0), slots, step,
+                        head, token + i // G, H, K, E, EP, ROWS, 8,
+                    )  # fmt: skip
+
+
+@triton.jit
+def _arrive(
+    out_ptr, parts_ptr, tops_ptr, item_ptr, arrived_ptr, slots_ptr, packed, row, token, count, slot, slots, runs, step,
+    head, H: tl.constexpr, K: tl.constexpr, E: tl.constexpr, EP: tl.constexpr, M: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Counts a run for its row, or for all rows of its pack, and finishes those that it was the last for."""
+    G: tl.constexpr = H // K
+    t = tl.arange(0, _THREADS)  # one row each
+    several = tl.where(packed, count, 1)
+    theirs = (t < several) & packed
+    row_t = tl.where(packed, tl.load(item_ptr + 16 + _MEMBERS + t, mask=theirs, other=0), row)
+    runs_t = tl.where(packed, tl.load(slots_ptr + row_t * 4 + 2, mask=theirs, other=0), runs)
+    counter_ptr = arrived_ptr + row_t * K + head
+    done = (t < several) & (tl.atomic_add(counter_ptr, 1, mask=t < several, sem="acq_rel") == runs_t - 1)
+    tl.store(counter_ptr, tl.zeros((_THREADS,), tl.int32), mask=done)
+    bits = tl.sum(tl.where(done, 1 << (t % _MEMBERS), 0))
+    if bits != 0:
+        if packed:
+            part = tl.arange(0, M) // G
+            last = (part < count) & ((bits >> part) % 2 == 1)
+            member = tl.load(item_ptr + 16 + _MEMBERS + part, mask=last, other=0)
+            token_m = tl.load(item_ptr + 16 + part, mask=last, other=0)
+            slot_m = tl.load(slots_ptr + member * 4, mask=last, other=0)
+            slots_m = tl.load(slots_ptr + member * 4 + 1, mask=last, other=0)
+            _finish(
+                out_ptr, parts_ptr, tops_ptr, slot_m, slots_m, tl.max(slots_m), step, head, token_m.to(tl.int64),
+                H, K, E, EP, M, 4,
+            )  # fmt: skip
+        else:
+            i = tl.arange(0, ROWS)
+            _finish(
+                out_ptr, parts_ptr, tops_ptr, slot + i // G, tl.where(i < count * G, slots, 0), slots, step, head,
+                token + i // G, H, K, E, EP, ROWS, 8,
+            )  # fmt: skip
 
 
 @triton.jit
 def _finish(
-    out_ptr, parts_ptr, tops_ptr, slot, slots, head, token, count,
-    H: tl.constexpr, K: tl.constexpr, E: tl.constexpr, EP: tl.constexpr, SHARED: tl.constexpr, ROWS: tl.constexpr,
+    out_ptr, parts_ptr, tops_ptr, slot, slots, most, step, head, token,
+    H: tl.constexpr, K: tl.constexpr, E: tl.constexpr, EP: tl.constexpr, ROWS: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
-    """Folds a row's partial results in order. Eight are asked for at once; other programs wrote them, so past the first
-    cache."""
+    """Folds the `slots` partial results of each row (0: not this one) in order, from `slot` on. Some are asked for at
+    once; other programs wrote them, so past the first cache."""
     G: tl.constexpr = H // K
     rows = tl.arange(0, ROWS)
     e = tl.arange(0, EP)
-    own = rows < count
     m = tl.full((ROWS,), float("-inf"), tl.float32)
     norm = tl.zeros((ROWS,), tl.float32)
     acc = tl.zeros((ROWS, EP), tl.float32)
-    for x in range(0, slots, 8):
+    for x in range(0, most, AT_ONCE):
         tops, totals, sums = (), (), ()
-        for y in tl.static_range(8):
-            there = own & (x + y < slots)
-            place = (slot + x + y).to(tl.int64) * K + head
-            top_ptr = tops_ptr + place * (2 * SHARED) + rows
-            part_ptr = parts_ptr + (place * SHARED + rows)[:, None] * EP + e[None, :]
+        for y in tl.static_range(AT_ONCE):
+            there = x + y < slots
+            place = slot.to(tl.int64) * K + (x + y) * step + head
+            top_ptr = tops_ptr + place * (2 * G) + rows % G
+            part_ptr = parts_ptr + (place * G + rows % G)[:, None] * EP + e[None, :]
             tops += (tl.load(top_ptr, mask=there, other=float("-inf"), cache_modifier=".cg"),)
-            totals += (tl.load(top_ptr + SHARED, mask=there, other=0.0, cache_modifier=".cg"),)
+            totals += (tl.load(top_ptr + G, mask=there, other=0.0, cache_modifier=".cg"),)
             sums += (tl.load(part_ptr, mask=there[:, None], other=0.0, cache_modifier=".cg"),)
-        for y in tl.static_range(8):
+        for y in tl.static_range(AT_ONCE):
             m, norm, acc = fold(m, norm, acc, tops[y], totals[y], sums[y])
     out = acc / tl.where(norm == 0.0, 1.0, norm)[:, None]
-    out_at = (token + rows // G) * (H * E) + (head * G + rows % G) * E
+    out_at = token * (H * E) + (head * G + rows % G) * E
     tl.store(
-        out_ptr + out_at[:, None] + e[None, :], out.to(out_ptr.dtype.element_ty), mask=own[:, None] & (e < E)[None, :]
+        out_ptr + out_at[:, None] + e[None, :],
+        out.to(out_ptr.dtype.element_ty),
+        mask=(slots > 0)[:, None] & (e < E)[None, :],
     )

@@ -125,5 +125,7 @@ def _turn(
 
 @triton.jit
 def _weighted(x, norm, inside, dtype: tl.constexpr):
-    weight = tl.load(norm, inside, other=0.0).to(tl.float32)
-    return (x.to(dtype).to(tl.float32) * weight).to(dtype).to(tl.float32)
+    weight = tl.load(norm, inside, other=0.0)
+    if weight.dtype == dtype:
+        x = x.to(dtype).to(tl.float32)
+    return (x * weight.to(tl.float32)).to(dtype).to(tl.float32)

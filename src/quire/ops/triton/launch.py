@@ -73,9 +73,14 @@ class Kernel:
         pdl = dependent()
         ahead = AHEAD.get()
         if tiles:
-            if ahead is None:
-                options = {"num_warps": warps, "num_stages": stages, "launch_pdl": pdl}
-                self._jit[grid](*tiles, *tensors, *sizes, *constants, pdl, **options)
+            options = {"num_warps": warps, "num_stages": stages, "launch_pdl": pdl}
+            key = (constants, warps, stages, pdl, *(None if x is None else x.dtype for x in tensors))
+            if ahead is not None:
+                self._foresee(ahead, key, (*tiles, *map(_like, tensors), *sizes, *constants, pdl), options)
+                return
+            if (coming := self._coming.pop(key, None)) is not None:
+                wait_for([coming])
+            self._jit[grid](*tiles, *tensors, *sizes, *constants, pdl, **options)
             return
         pointers = [None if x is None else x.data_ptr() for x in tensors]
         bits = 0

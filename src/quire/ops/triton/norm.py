@@ -2,7 +2,7 @@
 """Residual add + norm, a program for each token.
 
 Owns: the kernels of `rms_norm` and `layer_norm`. Rounds where the references round: the sum, then the normalised
-number, then the product with the weight.
+number (but not beside a weight in float32), then the product with the weight.
 Shape legend: T tokens, D hidden.
 """
 
@@ -78,5 +78,7 @@ def _norm_kernel(
         if bias is not None:
             y += b
     else:
-        y = y.to(dtype).to(tl.float32) * w
+        if weight.dtype.element_ty == dtype:
+            y = y.to(dtype).to(tl.float32)
+        y *= w
     tl.store(out + t * D + d, y.to(dtype), inside)
