@@ -106,19 +106,22 @@ def test_a_tokenizer_that_transformers_has_in_python_only(tmp_path: Path, mode: 
     assert t.eos_token_id == hf.eos_token_id and t.special_tokens["eos_token"] == "</s>"
 
 
+SENTENCE = "the quick brown fox jumps over the lazy dog while the engine counts its tokens and the dog counts the fox"
+
+
 @pytest.mark.parametrize("mode", ["auto", "slow"])
 def test_a_sentencepiece_model_without_tokenizer_json(tmp_path: Path, mode: str) -> None:
     spm = pytest.importorskip("sentencepiece")
     pytest.importorskip("google.protobuf")
     made = io.BytesIO()
     options = {"vocab_size": 300, "byte_fallback": True, "unk_id": 0, "bos_id": 1, "eos_id": 2, "minloglevel": 2}
-    spm.SentencePieceTrainer.train(sentence_iterator=iter([TEXT] * 20), model_writer=made, model_type="bpe", **options)
+    spm.SentencePieceTrainer.train(sentence_iterator=iter([SENTENCE] * 20), model_writer=made, model_type="bpe", **options)
     (tmp_path / "tokenizer.model").write_bytes(made.getvalue())
     settings = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     t, judge = load_folder(tmp_path, mode), spm.SentencePieceProcessor(model_proto=made.getvalue())
-    for text in ("the engine", "größe 你 🙂", TEXT):
+    for text in ("the engine", "größe 你 🙂", SENTENCE):
         assert t.encode(text, add_special_tokens=False) == judge.encode(text)
         assert t.decode(judge.encode(text)) == text
 
