@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any, cast
 
 from quire.config import hub
-from quire.config.arch import ModelArch, token_ids
+from quire.config.arch import ModelArch, architecture_of, token_ids
 from quire.config.args import EngineArgs
-from quire.config.pooling import pooling_of, sentence_settings
+from quire.config.pooling import pooling_kind, pooling_of, sentence_settings
 from quire.config.schema import (
     CacheConfig,
     Config,
@@ -70,10 +70,11 @@ def resolve(args: EngineArgs, *, machine: Machine | None = None, usage: str = "l
         )
     path = source.parent if source.is_file() else source
     generation = hub.read_generation_config(path)
-    arch, impl = _architecture(args, raw, path)
+    kind = pooling_kind(args, architecture_of(raw), path)
+    arch, impl = _architecture(args, raw, path, kind is not None)
     # Chat models often name their end-of-turn token only in generation_config.json, base models only in config.json.
     eos = dict.fromkeys(arch.eos_token_ids + token_ids(generation.get("eos_token_id")))
-    pooling = pooling_of(args, raw, arch.architecture, path)
+    pooling = pooling_of(kind, args, raw, arch.architecture, path, impl == "encoder")
     stated = sentence_settings(path).get("max_seq_length") if pooling is not None else None
     max_model_len, arch = _lengths(args, replace(arch, eos_token_ids=tuple(eos)), stated)
     parallel = _parallel(args, device, machine)
@@ -81,10 +82,17 @@ def resolve(args: EngineArgs, *, machine: Machine | None = None, usage: str = "l
     if device == "cuda" and args.kv_cache_dtype == "int8":
         text = "kv_cache_dtype='int8' has no kernels on a GPU: leave it out, or use device='cpu'"
         raise ClientError(text, "kv_cache_dtype", "int8")
+    cache = _cache(args, dtype, machine)
+    scheduler = _scheduler(args, device, machine, max_model_len, parallel.world_size, usage)
+    if pooling is not None and not pooling.causal:
+        # Every token attends to every other: a prompt is computed in one step, and nothing of it is kept.
+        most = max(max_model_len, scheduler.max_num_batched_tokens)
+        scheduler = replace(scheduler, enable_chunked_prefill=False, max_num_batched_tokens=most)
+        cache = replace(cache, enable_prefix_caching=False, swap_space=0.0)
     return Config(
         model=replace(_model(args, path, arch, dtype, max_model_len, generation), model_impl=impl),
-        cache=_cache(args, dtype, machine),
-        scheduler=_scheduler(args, device, machine, max_model_len, parallel.world_size, usage),
+        cache=cache,
+        scheduler=scheduler,
         parallel=parallel,
         load=LoadConfig(load_format=args.load_format, download_dir=args.download_dir, revision=args.revision),
         device=DeviceConfig(
@@ -106,9 +114,9 @@ def resolve(args: EngineArgs, *, machine: Machine | None = None, usage: str = "l
 CHOICE = "quire.models.choice"
 
 
-def _architecture(args: EngineArgs, raw: dict[str, Any], path: Path) -> tuple[ModelArch, str]:
-    """The architecture and whose code runs it, "quire" or "transformers"."""
-    arch, impl = import_module(CHOICE).choose(raw, path, args.model_impl, args.trust_remote_code)
+def _architecture(args: EngineArgs, raw: dict[str, Any], path: Path, pools: bool) -> tuple[ModelArch, str]:
+    """The architecture and whose code runs it: "quire", "transformers", or "encoder" for those that look ahead."""
+    arch, impl = import_module(CHOICE).choose(raw, path, args.model_impl, args.trust_remote_code, pools)
     log.debug("model_impl=%s for %s", impl, arch.architecture)
     return arch, impl
 
@@ -402,7 +410,7 @@ def _scheduler(
         scheduling_policy=args.scheduling_policy,
         depth=depth,
         lead=lead,
-        target_step_ms=(12.0 if device == "cuda" and usage == "server" else 0.0)
+        target_step_ms=(20.0 if device == "cuda" and usage == "server" else 0.0)
         if args.target_step_ms is None
         else args.target_step_ms,
         async_scheduling=overlapped,
