@@ -114,8 +114,16 @@ def test_a_sentencepiece_model_without_tokenizer_json(tmp_path: Path, mode: str)
     spm = pytest.importorskip("sentencepiece")
     pytest.importorskip("google.protobuf")
     made = io.BytesIO()
-    options = {"vocab_size": 300, "byte_fallback": True, "unk_id": 0, "bos_id": 1, "eos_id": 2, "minloglevel": 2}
-    spm.SentencePieceTrainer.train(sentence_iterator=iter([SENTENCE] * 20), model_writer=made, model_type="bpe", **options)
+    options: dict[str, Any] = {
+        "vocab_size": 300,
+        "byte_fallback": True,
+        "unk_id": 0,
+        "bos_id": 1,
+        "eos_id": 2,
+        "minloglevel": 2,
+    }
+    options |= {"sentence_iterator": iter([SENTENCE] * 20), "model_writer": made, "model_type": "bpe"}
+    spm.SentencePieceTrainer.train(**options)
     (tmp_path / "tokenizer.model").write_bytes(made.getvalue())
     settings = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
