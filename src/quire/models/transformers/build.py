@@ -49,7 +49,6 @@ def build(raw: Mapping[str, Any], folder: Path, trust_remote_code: bool, dtype: 
     """The model with its head. Raises `ClientError` where its own code cannot make it."""
     config = hf_config(raw, folder, trust_remote_code)
     made = model_class(config, raw, folder, trust_remote_code)
-    # Experts one after the other wait for the host at each; as one batched product nothing does.
     before = torch.get_default_dtype()
     try:
         with torch.device("cpu"), parameters_on_meta(), no_init_weights():
