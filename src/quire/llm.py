@@ -10,7 +10,7 @@ import itertools
 import logging
 from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 from quire.config.args import EngineArgs
 from quire.config.resolve import resolve
@@ -224,7 +224,7 @@ class LLM:
             prompts, pooling_params, EMBED, use_tqdm, lora_request, priority, truncate_prompt_tokens,
             tokenization_kwargs,
         )  # fmt: skip
-        return [_with(output, EmbeddingOutput(output.outputs.data.tolist())) for output in found]
+        return [_as(EmbeddingRequestOutput, o, EmbeddingOutput(o.outputs.data.tolist())) for o in found]
 
     def classify(
         self,
@@ -242,7 +242,7 @@ class LLM:
             prompts, pooling_params, CLASSIFY, use_tqdm, lora_request, priority, truncate_prompt_tokens,
             tokenization_kwargs,
         )  # fmt: skip
-        return [_with(output, ClassificationOutput(output.outputs.data.tolist())) for output in found]
+        return [_as(ClassificationRequestOutput, o, ClassificationOutput(o.outputs.data.tolist())) for o in found]
 
     def score(
         self,
@@ -267,7 +267,7 @@ class LLM:
         plan = ScorePlan(engine.config, engine.tokenizer, data_1, data_2, params, template)
         ranks = [priority] * len(plan.prompts)
         outputs = self._batch(plan.prompts, plan.params, use_tqdm, lora_request, ranks, plan.add_special_tokens)
-        return [_with(output, ScoringOutput(score)) for output, score in plan.scores(_vectors(outputs))]
+        return [_as(ScoringRequestOutput, o, ScoringOutput(score)) for o, score in plan.scores(_vectors(outputs))]
 
     def _pool(
         self,
@@ -497,9 +497,12 @@ def _vectors(outputs: Sequence[Output]) -> list[PoolingRequestOutput[PoolingOutp
     return found
 
 
-def _with(output: PoolingRequestOutput[Any], outputs: Any) -> PoolingRequestOutput[Any]:
-    output.outputs = outputs
-    return output
+Kind = TypeVar("Kind", bound=PoolingRequestOutput[Any])
+
+
+def _as(kind: type[Kind], output: PoolingRequestOutput[Any], outputs: Any) -> Kind:
+    cached, metrics = output.num_cached_tokens, output.metrics
+    return kind(output.request_id, outputs, output.prompt_token_ids, output.finished, cached, metrics)
 
 
 def _pooling_kwargs(given: Any, truncate: int | None, kwargs: Mapping[str, Any] | None) -> PoolingParams:

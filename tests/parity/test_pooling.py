@@ -153,6 +153,12 @@ BODIES: list[tuple[str, dict[str, Any]]] = [
     ("qwen3", {}),
     ("opt", {"word_embed_proj_dim": 24, "do_layer_norm_before": False}),
     ("gpt2", {}),
+    ("falcon", {}),
+    ("mpt", {}),
+    ("phi3", {}),
+    ("gemma", {}),
+    ("gemma2", {}),
+    ("gemma3", {}),
 ]
 
 

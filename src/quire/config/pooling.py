@@ -32,6 +32,8 @@ _ENDS = (
     ("ForProcessRewardModel", CLASSIFY),
     ("ForRewardModel", CLASSIFY),
     ("ForTextEncoding", EMBED),
+    ("ForMaskedLM", EMBED),
+    ("ForPreTraining", EMBED),
     ("EmbeddingModel", EMBED),
     ("Model", EMBED),
 )
@@ -68,7 +70,8 @@ class PoolingConfig:
     moved and scaled first. `head`: the names of the head's linear layers in the checkpoint, with ReLU in between.
     `tokens`: the classes are these tokens of the language model's head; `difference`: the one class is the second
     against the first. `per_token`: the head was trained on single tokens. `pairs`: the texts of a pair come with the
-    tokenizer's separators.
+    tokenizer's separators. `causal`: tokens see those before them only; a model in which they see all computes a prompt
+    at once, and has a head of its own for classes. `lower`: texts are in lower case.
     """
 
     kind: str
@@ -89,6 +92,7 @@ class PoolingConfig:
     per_token: bool = False
     pairs: bool = True
     lower: bool = False
+    causal: bool = True
 
     @property
     def scores_pairs(self) -> bool:
@@ -100,20 +104,43 @@ class PoolingConfig:
         return task in (TOKEN_EMBED, TOKEN_CLASSIFY) or self.pooling != "last"
 
 
-def pooling_of(args: EngineArgs, raw: Mapping[str, Any], architecture: str, path: Path) -> PoolingConfig | None:
-    """How the model in `path` pools; None: it generates. Errors: `ClientError`."""
-    own = _kind_of(architecture)
-    kind = _chosen(args, own, architecture, path)
+def pooling_kind(args: EngineArgs, architecture: str, path: Path) -> str | None:
+    """ "embed" or "classify"; None: the model generates. Errors: `ClientError`."""
+    kind = _chosen(args, _kind_of(architecture), architecture, path)
     if kind is None:
         for name in ("pooler_config", "override_pooler_config"):
             if getattr(args, name):
                 text = f"{name} is for models that pool, and {architecture} generates: add runner='pooling'"
                 raise ClientError(text, name)
+    return kind
+
+
+def pooling_of(
+    kind: str | None, args: EngineArgs, raw: Mapping[str, Any], architecture: str, path: Path, encoder: bool
+) -> PoolingConfig | None:
+    """How the model in `path` pools, if it does. `encoder`: its tokens see those that follow. Errors: `ClientError`."""
+    if kind is None:
         return None
-    config = _embedding(raw, path) if kind == EMBED else _classification(raw, architecture, path, args.tokenizer)
+    if kind == EMBED:
+        config = _embedding(raw, path, "cls" if encoder else "last")
+    else:
+        config = _classification(raw, architecture, path, args.tokenizer)
+    if encoder:
+        config = _for_encoder(config)
     config = _overridden(config, args.pooler_config or args.override_pooler_config)
-    log.info("pooling: %s of the hidden states, for %s", config.pooling, ", ".join(config.tasks))
+    if kind == EMBED or config.causal:
+        log.info("pooling: %s of the hidden states, for %s", config.pooling, ", ".join(config.tasks))
+    else:
+        log.info("pooling: by the model's own head, for %s", ", ".join(config.tasks))
     return config
+
+
+def _for_encoder(config: PoolingConfig) -> PoolingConfig:
+    """Its own code has the head for classes."""
+    if config.tokens:
+        raise ClientError("classifier_from_token is for language models, not for encoders", "hf_overrides")
+    tasks = config.tasks if config.kind == EMBED else (TOKEN_CLASSIFY,) if config.per_token else (CLASSIFY,)
+    return replace(config, causal=False, tasks=tasks, head=())
 
 
 def _is_decoder(architecture: str) -> bool:
@@ -154,8 +181,8 @@ def _chosen(args: EngineArgs, own: str | None, architecture: str, path: Path) ->
 # -- embeddings ------------------------------------------------------------------------------------------------------
 
 
-def _embedding(raw: Mapping[str, Any], path: Path) -> PoolingConfig:
-    config = PoolingConfig(kind=EMBED, tasks=(EMBED, TOKEN_EMBED), task=EMBED)
+def _embedding(raw: Mapping[str, Any], path: Path, mode: str) -> PoolingConfig:
+    config = PoolingConfig(kind=EMBED, tasks=(EMBED, TOKEN_EMBED), task=EMBED, pooling=mode)
     sizes = raw.get("matryoshka_dimensions")
     if sizes or raw.get("is_matryoshka"):
         config = replace(config, matryoshka=tuple(int(size) for size in sizes or ()))
@@ -325,6 +352,8 @@ def _overridden(config: PoolingConfig, given: Mapping[str, Any] | None) -> Pooli
 def _changed(config: PoolingConfig, name: str, value: Any) -> PoolingConfig:
     """One entry of `pooler_config`. Errors: `ClientError`."""
     match name:
+        case "pooling_type" | "seq_pooling_type" if config.kind == CLASSIFY and not config.causal:
+            raise ClientError(f"pooler_config: {name} is the model's own affair here: leave it out", "pooler_config")
         case "pooling_type" | "seq_pooling_type":
             mode = str(value).lower()
             if name == "pooling_type" and mode == "all":

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any, cast
 
 from quire.config import hub
-from quire.config.arch import ModelArch, token_ids
+from quire.config.arch import ModelArch, architecture_of, token_ids
 from quire.config.args import EngineArgs
-from quire.config.pooling import pooling_of, sentence_settings
+from quire.config.pooling import pooling_kind, pooling_of, sentence_settings
 from quire.config.schema import (
     CacheConfig,
     Config,
@@ -70,10 +70,11 @@ def resolve(args: EngineArgs, *, machine: Machine | None = None, usage: str = "l
         )
     path = source.parent if source.is_file() else source
     generation = hub.read_generation_config(path)
-    arch, impl = _architecture(args, raw, path)
+    kind = pooling_kind(args, architecture_of(raw), path)
+    arch, impl = _architecture(args, raw, path, kind is not None)
     # Chat models often name their end-of-turn token only in generation_config.json, base models only in config.json.
     eos = dict.fromkeys(arch.eos_token_ids + token_ids(generation.get("eos_token_id")))
-    pooling = pooling_of(args, raw, arch.architecture, path)
+    pooling = pooling_of(kind, args, raw, arch.architecture, path, impl == "encoder")
     stated = sentence_settings(path).get("max_seq_length") if pooling is not None else None
     max_model_len, arch = _lengths(args, replace(arch, eos_token_ids=tuple(eos)), stated)
     parallel = _parallel(args, device, machine)
@@ -81,10 +82,17 @@ def resolve(args: EngineArgs, *, machine: Machine | None = None, usage: str = "l
     if device == "cuda" and args.kv_cache_dtype == "int8":
         text = "kv_cache_dtype='int8' has no kernels on a GPU: leave it out, or use device='cpu'"
         raise ClientError(text, "kv_cache_dtype", "int8")
+    cache = _cache(args, dtype, machine)
+    scheduler = _scheduler(args, device, machine, max_model_len, parallel.world_size, usage)
+    if pooling is not None and not pooling.causal:
+        # Every token attends to every other: a prompt is computed in one step, and nothing of it is kept.
+        most = max(max_model_len, scheduler.max_num_batched_tokens)
+        scheduler = replace(scheduler, enable_chunked_prefill=False, max_num_batched_tokens=most)
+        cache = replace(cache, enable_prefix_caching=False, swap_space=0.0)
     return Config(
         model=replace(_model(args, path, arch, dtype, max_model_len, generation), model_impl=impl),
-        cache=_cache(args, dtype, machine),
-        scheduler=_scheduler(args, device, machine, max_model_len, parallel.world_size, usage),
+        cache=cache,
+        scheduler=scheduler,
         parallel=parallel,
         load=LoadConfig(load_format=args.load_format, download_dir=args.download_dir, revision=args.revision),
         device=DeviceConfig(
@@ -106,9 +114,9 @@ def resolve(args: EngineArgs, *, machine: Machine | None = None, usage: str = "l
 CHOICE = "quire.models.choice"
 
 
-def _architecture(args: EngineArgs, raw: dict[str, Any], path: Path) -> tuple[ModelArch, str]:
-    """The architecture and whose code runs it, "quire" or "transformers"."""
-    arch, impl = import_module(CHOICE).choose(raw, path, args.model_impl, args.trust_remote_code)
+def _architecture(args: EngineArgs, raw: dict[str, Any], path: Path, pools: bool) -> tuple[ModelArch, str]:
+    """The architecture and whose code runs it: "quire", "transformers", or "encoder" for those that look ahead."""
+    arch, impl = import_module(CHOICE).choose(raw, path, args.model_impl, args.trust_remote_code, pools)
     log.debug("model_impl=%s for %s", impl, arch.architecture)
     return arch, impl
 
@@ -205,7 +213,6 @@ def _lengths(args: EngineArgs, arch: ModelArch, stated: int | None = None) -> tu
     wanted = args.max_model_len
     if wanted in (None, -1, "auto"):
         length = longest
-        log.debug("max_model_len=%d: what the checkpoint allows", length)
     else:
         assert isinstance(wanted, int), wanted  # EngineArgs turned "8k" into a number
         if wanted < 2:
@@ -228,11 +235,45 @@ def _lengths(args: EngineArgs, arch: ModelArch, stated: int | None = None) -> tu
     return length, arch
 
 
-def _dtype(asked: str, raw: Mapping[str, Any], device: str, machine: Machine) -> str:
-    if asked != "auto":
-        return _DTYPES.get(asked, asked)
+def _length_reason(args: EngineArgs, arch: ModelArch, length: int) -> str:
+    """Where max_model_len comes from."""
+    rope, longest = arch.rope, arch.max_supported_length
+    allowed = f"{longest}, the max_position_embeddings of config.json"
+    if rope is not None and longest != arch.max_position:
+        base = arch.max_position if rope.kind != "yarn" else rope.original_max_position
+        allowed = f"{longest}, {base} positions of config.json times {rope.factor:g} by rope scaling {rope.kind!r}"
+    if args.max_model_len not in (None, -1, "auto"):
+        return f"as asked for; the checkpoint allows {allowed}"
+    if length < longest:
+        return f"the sliding window, since disable_sliding_window is set; the checkpoint allows {allowed}"
+    return f"what the checkpoint allows: {allowed}"
+
+
+def stored_dtype(raw: Mapping[str, Any]) -> str:
+    """The number type that config.json names, float32 where it names none."""
     stored = str(raw.get("dtype") or raw.get("torch_dtype") or "float32").removeprefix("torch.")
-    stored = _DTYPES.get(stored, stored)
+    return _DTYPES.get(stored, stored)
+
+
+def _asked_dtype(dtype: str, stored: str, device: str, machine: Machine) -> str:
+    """What was asked for, with advice where it is seldom wanted."""
+    if device == "cuda" and dtype == "bfloat16" and (gpu := machine.gpus[0]).capability < (8, 0):
+        has = ".".join(map(str, gpu.capability))
+        text = (
+            f"dtype='bfloat16' needs a GPU of compute capability 8.0; {gpu.name} has {has}: use 'float16' or 'float32'"
+        )
+        raise ClientError(text, "dtype", dtype)
+    if dtype == "float16" and device == "cpu":
+        log.warning("dtype=float16: a CPU converts every number of it; bfloat16 is faster, float32 exact")
+    elif dtype == "float16" and stored == "bfloat16":
+        log.warning("dtype=float16: the checkpoint's bfloat16 reaches further, and may overflow; prefer bfloat16")
+    return dtype
+
+
+def _dtype(asked: str, raw: Mapping[str, Any], device: str, machine: Machine) -> str:
+    stored = stored_dtype(raw)
+    if asked != "auto":
+        return _asked_dtype(_DTYPES.get(asked, asked), stored, device, machine)
     if device == "cpu":
         if stored == "float16":
             log.info(
@@ -369,7 +410,7 @@ def _scheduler(
         scheduling_policy=args.scheduling_policy,
         depth=depth,
         lead=lead,
-        target_step_ms=(12.0 if device == "cuda" and usage == "server" else 0.0)
+        target_step_ms=(20.0 if device == "cuda" and usage == "server" else 0.0)
         if args.target_step_ms is None
         else args.target_step_ms,
         async_scheduling=overlapped,
@@ -400,6 +441,8 @@ def _model(
             value=args.max_logprobs,
         )
     names = args.served_model_name or args.model
+    reason = _length_reason(args, arch, max_model_len)
+    log.info("max_model_len=%d: %s", max_model_len, reason)
     return ModelConfig(
         model=args.model,
         path=path,
@@ -411,6 +454,7 @@ def _model(
         dtype=dtype,
         seed=args.seed,
         max_model_len=max_model_len,
+        max_model_len_reason=reason,
         arch=arch,
         hf_token=args.hf_token,
         chat_template=args.chat_template,

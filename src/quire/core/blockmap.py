@@ -40,7 +40,7 @@ def block_map(state: State, first: int, count: int, cells: int) -> BlockMap:
     cached[contents] = True
     cached[pages] = False
 
-    size = -(-count // max(1, min(cells, MAX_CELLS)))
+    size = max(1, -(-count // max(1, min(cells, MAX_CELLS))))
     window = slice(first, first + count)
     columns = _cells(holders[window], cached[window], owner[window], size)
     last = max(int(pages.max(initial=-1)), int(contents.max(initial=-1)))
@@ -78,6 +78,8 @@ def _cells(holders: NDArray[I64], cached: NDArray[np.bool_], owner: NDArray[I64]
 
 def _runs(columns: NDArray[I64]) -> list[int]:
     """Equal neighbours as one: for each run its length and its columns, one after the other."""
+    if not len(columns):
+        return []
     starts = np.flatnonzero(np.append(True, (columns[1:] != columns[:-1]).any(1)))
     lengths = np.diff(np.append(starts, len(columns)))
     return np.column_stack((lengths, columns[starts])).ravel().tolist()

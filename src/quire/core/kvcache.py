@@ -52,7 +52,7 @@ class KVCacheManager:
         self.pool = BlockPool(num_blocks, at_once)
         self.host = BlockPool(num_host_blocks)
         self.has_state = any(g.kind == "state" for g in groups)
-        self._keeps_all = all(g.kind in ("full", "latent") for g in groups)
+        self._keeps_all = bool(groups) and all(g.kind in ("full", "latent") for g in groups)
         self._swapped: dict[int, int] = {}  # device page -> plan whose swap touches it
         self._host_releases: list[int] = []  # host pages read by swaps of the plan in the making
         self._late: list[tuple[int, Key]] = []  # state pages that the plan in the making completes

@@ -1,11 +1,12 @@
 """Models that pool: the body of a language model, and what stands behind it instead of the head for tokens.
 
-Owns: which class's body an architecture has, the heads for classes and sentence-transformers' dense layers. How hidden
+Owns: the heads for classes and sentence-transformers' dense layers. How hidden
 states become one vector is the runner's. Shape legend: T tokens, S vectors, D features, C classes.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import pairwise
 
 import torch
@@ -17,8 +18,8 @@ from quire.config.pooling import DenseConfig, PoolingConfig
 from quire.layers.slots import Part, SlotModule
 from quire.layers.step import Step
 from quire.models.base import CausalLM
-from quire.models.registry import ModelRegistry, whole_of
-from quire.types.errors import ClientError
+from quire.models.bodies import body_architecture
+from quire.models.registry import ModelRegistry
 
 _UNUSED = ("lm_head.", "score.", "classifier.")  # heads that a checkpoint may have and this model has not
 
@@ -35,11 +36,6 @@ _FUNCTIONS = {
 def activation(name: str, x: Tensor) -> Tensor:
     """One of `config.pooling.ACTIVATIONS`, over the last dimension."""
     return _FUNCTIONS[name](x)
-
-
-def body_class(architecture: str) -> type[CausalLM]:
-    """The class whose body `architecture` has. Raises `ClientError` that names the closest."""
-    return ModelRegistry.resolve([whole_of(architecture) or architecture])
 
 
 class Head(SlotModule):
@@ -97,13 +93,11 @@ class PoolingModel(nn.Module):
 
     unused = _UNUSED
 
-    def __init__(self, arch: ModelArch, config: PoolingConfig) -> None:
+    def __init__(self, arch: ModelArch, config: PoolingConfig, registered: Mapping[str, str]) -> None:
+        """`registered`: models by name that came from another process."""
         super().__init__()
         self.arch = arch
-        whole = body_class(arch.architecture)(arch)
-        if arch.extra.get("is_causal") is False:
-            text = f"{arch.architecture} with is_causal=false attends to what follows, which its code in quire does not"
-            raise ClientError(text, "model", arch.architecture)
+        whole: CausalLM = ModelRegistry.resolve([body_architecture(arch.architecture)], registered)(arch)
         self.prefix = whole.prefix
         self.add_module(self.prefix, whole.get_submodule(self.prefix))
         size = whole.lm_head.weight.shape[1]
@@ -122,10 +116,15 @@ class PoolingModel(nn.Module):
 
     def project(self, x_SD: Tensor) -> Tensor:
         """Embeddings of pooled vectors, float32."""
-        x_SD = x_SD.float()
-        for dense in self.dense:
-            x_SD = dense(x_SD)
-        return x_SD
+        return project(self.dense, x_SD)
+
+
+def project(layers: nn.ModuleList, x_SD: Tensor) -> Tensor:
+    """Pooled vectors through sentence-transformers' dense layers, float32."""
+    x_SD = x_SD.float()
+    for dense in layers:
+        x_SD = dense(x_SD)
+    return x_SD
 
 
 def _heads(whole: CausalLM, size: int, config: PoolingConfig) -> list[nn.Module]:

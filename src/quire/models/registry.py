@@ -10,24 +10,7 @@ import dataclasses
 from quire.config.schema import Config
 from quire.plugins.models import ModelRegistry, Registry, travelling_name
 
-__all__ = ["ModelRegistry", "Registry", "travelling", "whole_of"]
-
-# Ends of the names of models without a head for tokens, and of those with one whose body they are.
-_HEADLESS = ("ForSequenceClassification", "ForTokenClassification", "ForProcessRewardModel", "ForRewardModel", "Model")
-_HEADS = ("ForCausalLM", "LMHeadModel")
-
-
-def whole_of(architecture: str) -> str | None:
-    """The registered architecture whose body `architecture` has: itself, or that of the same family which generates;
-    None where there is none."""
-    known = ModelRegistry.get_supported_archs()
-    if architecture in known:
-        return architecture
-    if architecture.endswith(_HEADS):
-        return None
-    end = next((end for end in _HEADLESS if architecture.endswith(end)), "")
-    stem = architecture.removesuffix(end)
-    return next((stem + head for head in _HEADS if stem + head in known), None)
+__all__ = ["ModelRegistry", "Registry", "travelling"]
 
 
 def travelling(config: Config) -> Config:
@@ -60,6 +43,9 @@ _BUILT_IN = {
     "GemmaForCausalLM": "gemma:GemmaForCausalLM",
     "Gemma2ForCausalLM": "gemma2:Gemma2ForCausalLM",
     "Gemma3ForCausalLM": "gemma3:Gemma3ForCausalLM",
+    "MixtralForCausalLM": "mixtral:MixtralForCausalLM",
+    "Qwen2MoeForCausalLM": "qwen_moe:Qwen2MoeForCausalLM",
+    "Qwen3MoeForCausalLM": "qwen_moe:Qwen3MoeForCausalLM",
 }
 
 ModelRegistry.register_built_in({arch: f"quire.models.{target}" for arch, target in _BUILT_IN.items()})

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -17,9 +18,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from quire.config.pooling import PoolingConfig
-from quire.models.pooling import PoolingModel, activation
+from quire.models.pooling import activation
 from quire.types.plan import Ints, NewRow, Plan
-from quire.types.pooling import EMBED, TOKEN_CLASSIFY, TOKEN_EMBED, PoolingParams
+from quire.types.pooling import CLASSIFY, EMBED, TOKEN_CLASSIFY, TOKEN_EMBED, PoolingParams
 
 Vectors = NDArray[np.float32]
 
@@ -65,8 +66,16 @@ class PoolingState:
         raise AssertionError("a prompt that is pooled does not fork")
 
 
+class Heads(Protocol):
+    """What stands behind the hidden states of a model. Where `PoolingConfig.causal` is off, `classify` takes those of a
+    whole text."""
+
+    def project(self, x_SD: Tensor) -> Tensor: ...
+    def classify(self, x_SD: Tensor) -> Tensor: ...
+
+
 class Pooler:
-    def __init__(self, model: PoolingModel, config: PoolingConfig, device: torch.device) -> None:
+    def __init__(self, model: Heads, config: PoolingConfig, device: torch.device) -> None:
         self._model, self._config, self._device = model, config, device
 
     def new_state(self, max_rows: int, max_len: int) -> PoolingState:
@@ -85,6 +94,10 @@ class Pooler:
         task = row.params.task
         if task in (TOKEN_EMBED, TOKEN_CLASSIFY):
             row.pieces.append(self._each_token(hidden_LD, row.params))
+            return
+        if task == CLASSIFY and not self._config.causal:
+            assert last and start == 0, "the model's own head sees whole texts"
+            row.pieces.append(self._scores(self._model.classify(hidden_LD), row.params))
             return
         match self._config.pooling:
             case "last":

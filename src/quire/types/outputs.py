@@ -126,9 +126,16 @@ class PoolingRequestOutput(Generic[Pooled]):
     error: str | None = None
 
 
-EmbeddingRequestOutput: TypeAlias = PoolingRequestOutput[EmbeddingOutput]
-ClassificationRequestOutput: TypeAlias = PoolingRequestOutput[ClassificationOutput]
-ScoringRequestOutput: TypeAlias = PoolingRequestOutput[ScoringOutput]
+class EmbeddingRequestOutput(PoolingRequestOutput[EmbeddingOutput]):
+    """A prompt that was embedded."""
+
+
+class ClassificationRequestOutput(PoolingRequestOutput[ClassificationOutput]):
+    """A prompt that was classified."""
+
+
+class ScoringRequestOutput(PoolingRequestOutput[ScoringOutput]):
+    """A pair of texts that was scored."""
 
 
 def error_of(output: RequestOutput | PoolingRequestOutput[Any]) -> str | None:

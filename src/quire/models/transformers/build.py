@@ -48,11 +48,15 @@ def parameters_on_meta() -> Iterator[None]:
 def build(raw: Mapping[str, Any], folder: Path, trust_remote_code: bool, dtype: torch.dtype) -> Any:
     """The model with its head. Raises `ClientError` where its own code cannot make it."""
     config = hf_config(raw, folder, trust_remote_code)
-    made = model_class(config, raw, folder, trust_remote_code)
+    return make(model_class(config, raw, folder, trust_remote_code), config, dtype)
+
+
+def make(made: Any, config: Any, dtype: torch.dtype, **options: Any) -> Any:
+    """A model of the class `made`; see `build`."""
     before = torch.get_default_dtype()
     try:
         with torch.device("cpu"), parameters_on_meta(), no_init_weights():
-            model = made._from_config(config, attn_implementation="eager", dtype=dtype)
+            model = made._from_config(config, attn_implementation="eager", dtype=dtype, **options)
     except Exception as error:  # anything that a model's own code may raise
         text = next(iter(f"{type(error).__name__}: {error}".splitlines()))
         raise ClientError(f"{made.__name__} cannot be made from this configuration ({text})", "model") from error
