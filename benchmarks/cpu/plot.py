@@ -74,7 +74,7 @@ def label(r: Row) -> str:
     """A line's name and quire's figure."""
     unit = UNITS.get(r.metric.unit, r.metric.unit)
     name = f"{TITLES[r.workload]}, {SIZES.get(r.model, r.model)} {r.precision}"
-    return f"{name}: {number(r.pair.ours)} {unit}"
+    return f"{name}: {number(r.ours)} {unit}"
 
 
 def main() -> None:

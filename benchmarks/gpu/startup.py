@@ -3,7 +3,8 @@
     python -m benchmarks.gpu.startup --models qwen06 l1b l8b --json startup.json [--warm 3] [--cache FOLDER]
         [-- more arguments of the engine]
 
-Owns: the kernel caches, a folder for each model under `--cache`. The first process of a model finds its folder empty
+Owns: the caches, a folder for each model under `--cache`: of kernels, and of Python's bytecode, which an installation has
+and a machine that may not write beside its packages has not. The first process of a model finds its folder empty
 (`cold`), the others what the first one compiled (`warm`). The processes are those of `quire bench startup`.
 """
 
@@ -28,9 +29,11 @@ PHASES = ("import_quire_s", "engine_ready_s", "first_token_s")
 def start(folder: Path, cache: Path, more: Sequence[str], times: int = 1) -> dict[str, float]:
     """Medians of `times` processes, one after the other."""
     command = [sys.executable, "-m", "quire", "bench", "startup", f"--num-iters={times}", f"--model={folder}"]
+    environment = os.environ | {"TRITON_CACHE_DIR": str(cache), "PYTHONPYCACHEPREFIX": str(cache / "bytecode")}
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)
     done = subprocess.run(
         [*command, "--load-format=dummy", "--dtype=bfloat16", *more],
-        env=os.environ | {"TRITON_CACHE_DIR": str(cache)}, stdout=subprocess.PIPE, text=True, check=True,
+        env=environment, stdout=subprocess.PIPE, text=True, check=True,
     )  # fmt: skip
     found = json.loads(done.stdout)
     return {phase: round(found[phase], 3) for phase in PHASES}

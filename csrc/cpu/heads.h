@@ -68,25 +68,25 @@ template <class T, class C> void heads_rows(const qr_op& op, Context& c) {
                 sines = cosines + op.i[5] * half;
             }
             const T *q = at(op.p[0], t * op.i[6]), *k = at(op.p[1], t * op.i[7]), *v = at(op.p[2], t * op.i[8]);
-            T *q_out = at(op.p[8], t * op.i[9]), *k_out = at(op.p[9], t * op.i[10]);
-            const void *weight_q = op.p[10], *weight_k = op.p[11];
+            T* q_out = at(op.p[8], t * op.i[9]);
+            const void *weight_q = op.p[9], *weight_k = op.p[10];
             bool wide = op.flags & QR_WIDE;
             bool cached = slots && slots[t] >= 0;
-            C *keys = cached ? static_cast<C*>(op.p[6]) + slots[t] * op.i[11] : nullptr;
-            C *values = cached ? static_cast<C*>(op.p[7]) + slots[t] * op.i[11] : nullptr;
+            C *keys = cached ? static_cast<C*>(op.p[6]) + slots[t] * op.i[10] : nullptr;
+            C *values = cached ? static_cast<C*>(op.p[7]) + slots[t] * op.i[10] : nullptr;
             float eps = float(op.f[0]);
             if (q && q_out)
                 for (int64_t h = 0; h < h_q; h++)
                     head<T, C>(q + h * size, size, weight_q, wide, eps, cosines, sines, half, row, q_out + h * size,
                                nullptr);
-            if (k && (k_out || keys))
+            if (k && keys)
                 for (int64_t h = 0; h < h_kv; h++)
-                    head<T, C>(k + h * size, size, weight_k, wide, eps, cosines, sines, half, row,
-                               k_out ? k_out + h * size : nullptr, keys ? keys + h * op.i[12] : nullptr);
+                    head<T, C>(k + h * size, size, weight_k, wide, eps, cosines, sines, half, row, nullptr,
+                               keys + h * op.i[11]);
             if (v && values)
                 for (int64_t h = 0; h < h_kv; h++)
                     head<T, C>(v + h * size, size, nullptr, false, 0.0f, nullptr, nullptr, 0, row, nullptr,
-                               values + h * op.i[12]);
+                               values + h * op.i[11]);
         }
 }
 void heads(const qr_op& op, Context& c) {

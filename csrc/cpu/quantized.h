@@ -8,7 +8,7 @@
 // products of linear.h.
 
 constexpr int64_t QUANTIZED_BYTES = 256 << 10;  // of a block's rounded tokens: a quarter of the L2 cache
-constexpr int64_t QUANTIZED_ALONE = 4096;       // so few numbers are rounded by each thread for itself
+constexpr int64_t QUANTIZED_ALONE = 8192;       // so few numbers are rounded by each thread for itself
 constexpr int64_t QUANTIZED_ROWS = 8;           // rows dequantized at a time
 
 struct Weights {
@@ -101,7 +101,7 @@ template <class A, class C, class Form> void linear_integers(const qr_op& op, Co
             for (int64_t m; (m = c.take(now)) >= 0;) prepare(m);
             c.barrier();
         }
-        for (int64_t piece; (piece = c.take(pieces)) >= 0;) {
+        for (int64_t piece; (piece = c.take_near(pieces)) >= 0;) {
             int64_t end = least(outputs, (piece + 1) * grain);
             for (int64_t first = piece * grain; first < end; first += LINEAR_ROWS) {
                 int64_t count = least(LINEAR_ROWS, end - first);
@@ -163,7 +163,7 @@ template <class A, class C, class X> void linear_floats(const qr_op& op, Context
                 store(x + k / depth * skip + m * stride + k % depth, load(from + k, left), left);
             }
         }
-        for (int64_t piece; (piece = c.take(pieces)) >= 0;) {
+        for (int64_t piece; (piece = c.take_near(pieces)) >= 0;) {
             int64_t end = least(outputs, (piece + 1) * grain);
             for (int64_t first = piece * grain; first < end; first += LINEAR_ROWS) {
                 int64_t count = least(LINEAR_ROWS, end - first);

@@ -56,15 +56,9 @@ inline void lone_of(const int8_t* x, const Weights& w, int64_t first, int64_t co
     for (int64_t n = 0; n < count; n += 16) {
         int64_t rows = least(16, count - n);
         typename Form::Sum a[16] = {};
-        for (int64_t r = 0; r < rows; r += Form::together) {
-            const uint8_t* q[Form::together];
-            const float* scale[Form::together];
-            for (int i = 0; i < Form::together; i++) {
-                int64_t row = first + n + least(r + i, rows - 1);
-                q[i] = w.q + row * w.stride;
-                scale[i] = w.scale + row * w.groups;
-            }
-            Form::rows(q, scale, x, w.size, a + r);
+        for (int64_t r = 0; r < rows; r++) {
+            int64_t row = first + n + r;
+            Form::row(w.q + row * w.stride, w.scale + row * w.groups, x, w.size, a + r);
         }
         store(out + n, Form::total(a), rows);
     }
@@ -130,9 +124,7 @@ struct Bytes {
     }
     using Sum = __m512i;
     static inline V total(const Sum* a) { return {_mm512_cvtepi32_ps(sums_of(a))}; }
-    static constexpr int together = 1;  // rows at a time for one token
-    static inline void rows(const uint8_t* const* rows, const float* const*, const int8_t* x, int64_t size, Sum* to) {
-        const uint8_t* q = rows[0];
+    static inline void row(const uint8_t* q, const float*, const int8_t* x, int64_t size, Sum* to) {
         __m512i high = _mm512_set1_epi8(-128), a[4] = {_mm512_loadu_si512(x)};
         x += 64;
         int64_t k = 0;
@@ -225,16 +217,16 @@ struct Nibbles {
     }
     using Sum = V;
     static inline V total(const V* a) { return sums(a); }
-    static constexpr int together = 2;
-    static inline void rows(const uint8_t* const* q, const float* const* scale, const int8_t* x, int64_t size, V* to) {
-        constexpr int R = together;
+    static inline void row(const uint8_t* q, const float* scale, const int8_t* x, int64_t size, V* to) {
+        V a[2] = {zero(), zero()};
         int64_t k = 0;
-        V a[R];
-        for (int r = 0; r < R; r++) a[r] = zero();
-        for (; k + 128 <= size; k += 128, x += 192)
-            step<R, R, 1, true>(q, scale, k, 128, LONE_AHEAD, x, 0, a);
-        if (k < size) step<R, R, 1, false>(q, scale, k, size - k, LONE_AHEAD, x, 0, a);
-        for (int r = 0; r < R; r++) to[r] = a[r];
+        for (; k + 256 <= size; k += 256, x += 384) {
+            step<1, 1, 1, true>(&q, &scale, k, 128, LONE_AHEAD, x, 0, a);
+            step<1, 1, 1, true>(&q, &scale, k + 128, 128, LONE_AHEAD, x + 192, 0, a + 1);
+        }
+        for (; k + 128 <= size; k += 128, x += 192) step<1, 1, 1, true>(&q, &scale, k, 128, LONE_AHEAD, x, 0, a);
+        if (k < size) step<1, 1, 1, false>(&q, &scale, k, size - k, LONE_AHEAD, x, 0, a);
+        *to = add(a[0], a[1]);
     }
     static inline void products(const int8_t* x, int64_t stride, int64_t tokens, const Weights& w, int64_t first,
                                 int64_t count, float* sums, int8_t*) {

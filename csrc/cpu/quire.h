@@ -79,19 +79,25 @@ enum {
      * f: 0 scale (0: 1) */
     QR_GATHER = 5,
 
-    /* y = a + b. A: all.  p: 0 a, 1 b, 2 y;  i: 0 T#, 1 D, 2 stride a, 3 stride b, 4 stride y */
-    QR_ADD = 6,
+    /* One token from each row of float32 logits, by `sample` of quire's ops/sampling.py: x / temperature (in place),
+     * min_p, top_k and top_p as a threshold, then the largest sum with Gumbel noise. -1 for a row that cannot be decided
+     * here: its maximum is not finite, some number is NaN, or two scores are too close.
+     * p: 0 x, 1 temperature float32, 2 log min_p float32 (-inf: off), 3 top_k int64 (0: off), 4 top_p float64 (1: off),
+     *    5 greedy uint8, 6 seed int64, 7 sample int64, 8 position int64, 9 token int64, 10 largest x float32,
+     *    11 threshold float32
+     * i: 0 S#, 1 V, 2 stride x */
+    QR_SAMPLE = 6,
 
     /* Head norm, rotary and KV write of T tokens, each part optional. A: all that has no other type (and see QR_WIDE).
-     * Order: RMSNorm of each head of q and k (weights p10, p11), rotation of the first 2F numbers of a head by half
-     * style, then q to q_out, k to k_out, and k and v to the cache at slots[t] (not where it is negative). With B QR_I8
+     * Order: RMSNorm of each head of q and k (weights p9, p10), rotation of the first 2F numbers of a head by half
+     * style, then q to q_out, and k and v to the cache at slots[t] (not where it is negative). With B QR_I8
      * the cache is int8: E whole numbers, the largest magnitude being 127, filled up to fours, then a float32 by which
      * they are to be multiplied (NaN where a number is not finite).
      * p: 0 q or null, 1 k or null, 2 v or null, 3 table float32 (2, L, F) or null, 4 positions int64, 5 slots int64 or
-     *    null, 6 cache of keys, 7 cache of values, 8 q_out (may be q) or null, 9 k_out (may be k) or null,
-     *    10 weight of the norm of q or null, 11 of k or null
-     * i: 0 T#, 1 H, 2 K, 3 E, 4 F, 5 L, 6 stride q, 7 stride k, 8 stride v, 9 stride q_out, 10 stride k_out,
-     *    11 stride of a slot in the cache, 12 of a head in a slot
+     *    null, 6 cache of keys, 7 cache of values, 8 q_out (may be q) or null, 9 weight of the norm of
+     *    q or null, 10 of k or null
+     * i: 0 T#, 1 H, 2 K, 3 E, 4 F, 5 L, 6 stride q, 7 stride k, 8 stride v, 9 stride q_out, 10 stride of a slot in
+     *    the cache, 11 of a head in a slot
      * f: 0 eps of the norms */
     QR_HEADS = 7,
 
@@ -117,14 +123,8 @@ enum {
      *    9 dynamic */
     QR_LINEAR_Q = 10,
 
-    /* One token from each row of float32 logits, by `sample` of quire's ops/sampling.py: x / temperature (in place),
-     * min_p, top_k and top_p as a threshold, then the largest sum with Gumbel noise. -1 for a row that cannot be decided
-     * here: its maximum is not finite, some number is NaN, or two scores are too close.
-     * p: 0 x, 1 temperature float32, 2 log min_p float32 (-inf: off), 3 top_k int64 (0: off), 4 top_p float64 (1: off),
-     *    5 greedy uint8, 6 seed int64, 7 sample int64, 8 position int64, 9 token int64, 10 largest x float32,
-     *    11 threshold float32
-     * i: 0 S#, 1 V, 2 stride x */
-    QR_SAMPLE = 11,
+    /* y = a + b. A: all.  p: 0 a, 1 b, 2 y;  i: 0 T#, 1 D, 2 stride a, 3 stride b, 4 stride y */
+    QR_ADD = 11,
 
     QR_OPS
 };

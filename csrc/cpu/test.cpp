@@ -214,7 +214,7 @@ void test_attention(qr_pool* pool, const std::vector<int32_t>& lengths, const st
         {QR_HEADS, types,
          {x, x + heads * e, x + (heads + kv) * e, angles.at(), positions.data(), slots.data(), keys.at(), values.at(),
           x},
-         {-1, heads, kv, e, half, 4000, wide, wide, wide, wide, 0, kv * keys.row, keys.row}, {}},
+         {-1, heads, kv, e, half, 4000, wide, wide, wide, wide, kv * keys.row, keys.row}, {}},
         {QR_ATTENTION, types,
          {x, keys.at(), values.at(), table.data(), const_cast<int32_t*>(lengths.data()), cu_q.data(), out.at()},
          {-2, -3, heads, kv, e, b, width, wide, heads * e, kv * keys.row, window, keys.row}, {0.3, 0.0}}};
@@ -323,12 +323,12 @@ void test_pool(int level) {
     for (int spin : {0, 50}) {
         qr_pool* pool = qr_pool_new(5, nullptr, level, spin);
         Buffer<float> x(64), y(64);
-        std::vector<qr_op> ops(50, qr_op{QR_ADD, 0, {x.at(), x.at(), y.at()}, {4, 16, 16, 16, 16}, {}});
+        std::vector<qr_op> ops(50, qr_op{QR_ACTIVATION, 0, {x.at(), y.at()}, {4, 16, 16, 16}, {}});
         for (int i = 0; i < 200; i++) qr_run(pool, ops.data(), int64_t(ops.size()), nullptr);
-        for (int i = 0; i < 64; i++) expect(y[i] == 2 * x[i], "pool");
+        for (int i = 0; i < 64; i++) expect(y[i] == x[i], "pool");
         ops[3].op = QR_OPS;
         expect(qr_run(pool, ops.data(), int64_t(ops.size()), nullptr) == -1, "an unknown op");
-        ops[3].op = QR_ADD;
+        ops[3].op = QR_ACTIVATION;
         pid_t child = fork();
         if (child == 0) _exit(qr_run(pool, ops.data(), int64_t(ops.size()), nullptr) ? 1 : 0);
         int status = 1;

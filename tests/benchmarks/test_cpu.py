@@ -256,6 +256,13 @@ def test_ratios_are_of_one_sitting(tmp_path: Path) -> None:
     assert row.best == "vllm" and row.pair.ratio == pytest.approx(1.1) and row.pair.ours == 10.0
 
 
+def test_start_up_shows_the_median_of_all_sittings(tmp_path: Path) -> None:
+    figures = {"llamacpp": 1.7, "openvino": 1.2, "transformers": 1.3}
+    cells = [cell(("m135", "bf16", "C5", peer), [ours], [2.0]) for peer, ours in figures.items()]
+    row = table(tmp_path, *cells)["C5"]
+    assert row.ours == 1.3 and "| 1.30 |" in report.table([row])
+
+
 def test_targets_that_name_a_peer_and_start_up_have_their_own_yardstick(tmp_path: Path) -> None:
     keys = [("m1b", "int8", "C2", peer) for peer in ("llamacpp", "openvino")]
     row = table(tmp_path, cell(keys[0], [14.0], [20.0]), cell(keys[1], [14.0], [10.0]))["C2"]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,8 +25,10 @@ from quire.config.schema import (
     ParallelConfig,
     SchedulerConfig,
 )
+from quire.layers.slots import Part
 from quire.loading import load_model
 from quire.loading.passes import passes
+from quire.loading.weights import READERS
 from quire.types.errors import ClientError
 
 LLAMA = {
@@ -142,6 +146,39 @@ def test_sharded_and_bin_files_give_the_same_model(tmp_path: Path, load: Callabl
     (sharded / "b.safetensors").unlink()
     with pytest.raises(ClientError, match=r"lacks b\.safetensors, which model\.safetensors\.index\.json names"):
         load_model(config(sharded, LLAMA), CPU)
+
+
+def test_copies_run_beside_each_other_but_few_wait_and_the_first_error_counts(
+    load: Callable[..., nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill, running, most, taken = Part.fill, 0, 0, 0
+    lock, several = threading.Lock(), threading.Event()
+
+    def slow(self: Part, parameter: Tensor, tensor: Tensor) -> None:
+        nonlocal running, most, taken
+        with lock:
+            running, taken = running + 1, taken + 1
+            most = max(most, running)
+            if running > 1:
+                several.set()
+        several.wait(10)
+        fill(self, parameter, tensor)
+        with lock:
+            running -= 1
+
+    monkeypatch.setattr(Part, "fill", slow)
+    load(llama_tensors(), dtype="bfloat16")
+    assert 2 <= most <= READERS and taken == len(llama_tensors())
+
+    def broken(self: Part, parameter: Tensor, tensor: Tensor) -> None:
+        if self.source != "weight":
+            time.sleep(0.01)
+            raise RuntimeError(f"the device refuses {self.source}")
+
+    monkeypatch.setattr(Part, "fill", broken)
+    with pytest.raises(RuntimeError) as e:
+        load(dtype="bfloat16")
+    assert str(e.value) == "the device refuses ../gate_proj.weight", "by the order in the file"
 
 
 def test_weights_are_cast_on_load(load: Callable[..., nn.Module]) -> None:

@@ -27,13 +27,15 @@ from quire import LLM, SamplingParams
 from quire.config.args import EngineArgs
 from quire.config.resolve import resolve
 from quire.layers.groups import kv_groups
-from quire.layers.linear import LMHead
+from quire.layers.linear import Linear, LMHead, MergedLinear
 from quire.layers.step import AttentionMeta, GroupMeta, Step
 from quire.loading import load_model
 from quire.loading.mapped import mapped_bytes
 from quire.models import choice
+from quire.models.transformers import likeness as likeness_of
+from quire.models.transformers import model as backend_model
 from quire.models.transformers.hook import PagedAttention
-from quire.models.transformers.leaves import OwnEmbedding, OwnLinear, OwnRMSNorm
+from quire.models.transformers.leaves import OwnEmbedding, OwnRMSNorm
 from quire.ops.dispatch import Binder
 from quire.types.errors import ClientError
 
@@ -156,8 +158,8 @@ def forget_the_cap(forward: Forward, self: PagedAttention, *rest: Any) -> Tensor
 @pytest.mark.parametrize(
     ("architecture", "break_it"),
     [
-        ("HeliumForCausalLM", swap_two_blocks),
-        ("MistralForCausalLM", drop_the_window),
+        ("GPTNeoXForCausalLM", swap_two_blocks),
+        ("Starcoder2ForCausalLM", drop_the_window),
         ("Gemma2ForCausalLM", forget_the_cap),
     ],
 )
@@ -186,10 +188,66 @@ def test_the_check_fails_when_something_is_wrong(
     ids=["overlapped", "no-prefix-cache", "swapping", "reference-ops", "eager"],
 )
 def test_every_setting_gives_the_same(backend: Callable[[str], Path], changes: dict[str, Any]) -> None:
-    folder = backend("HeliumForCausalLM")
+    folder = backend("GraniteForCausalLM")
     prompts, params = engines.batch(199)
     with engine(folder, **changes) as llm:
         engines.check(harness.Judge(folder), engines.run(llm, prompts, params), params)
+
+
+@pytest.mark.parametrize(
+    "architecture", ["LlamaForCausalLM", "MistralForCausalLM", "Qwen3ForCausalLM", "HeliumForCausalLM"]
+)
+def test_what_runs_as_llama_also_runs_from_its_own_code(
+    backend: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, architecture: str
+) -> None:
+    folder = backend(architecture)
+    assert load_model(config_for(folder, model_impl="transformers"), CPU).native is not None
+    monkeypatch.setattr(backend_model, "likeness", lambda *args: None)
+    prompts, params = engines.batch(199)
+    with engine(folder) as llm:
+        engines.check(harness.Judge(folder), engines.run(llm, prompts, params), params)
+
+
+def scaled_residual(model: Any) -> None:
+    layer = type(model.layers[1])
+    model.layers[1].forward = lambda x, **rest: layer.forward(model.layers[1], x, **rest) * 1.001
+
+
+def clipped_values(model: Any) -> None:
+    attention = model.layers[2].self_attn
+    attention.v_proj.register_forward_hook(lambda module, inputs, out: out.clamp(-8, 8))
+
+
+def late_positions(model: Any) -> None:
+    """As models do that scale what is far from the beginning."""
+    attention = model.layers[0].self_attn
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        out, weights = type(attention).forward(attention, *args, **kwargs)
+        return out * (1 + 0.1 * (kwargs["position_ids"] > 400).float().unsqueeze(-1)), weights
+
+    attention.forward = forward
+
+
+@pytest.mark.parametrize("change", [scaled_residual, clipped_values, late_positions])
+def test_a_model_that_is_nearly_a_llama_is_found_out(
+    backend: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, change: Callable[[Any], None]
+) -> None:
+    folder = backend("LlamaForCausalLM")
+    miniature = likeness_of.miniature
+
+    def changed(whole: Any) -> Any:
+        small = miniature(whole)
+        change(small.model)
+        return small
+
+    monkeypatch.setattr(likeness_of, "miniature", changed)
+    assert load_model(config_for(folder, model_impl="transformers"), CPU).native is None
+
+
+def test_a_gap_in_the_names_or_a_factor_makes_no_llama(backend: Callable[[str], Path]) -> None:
+    for architecture in ("GraniteForCausalLM", "Olmo2ForCausalLM", "Ministral3ForCausalLM"):
+        assert load_model(config_for(backend(architecture), model_impl="transformers"), CPU).native is None
 
 
 def test_it_is_taken_where_no_native_class_exists(backend: Callable[[str], Path]) -> None:
@@ -220,7 +278,7 @@ def tokens_of(llm: LLM, count: int = 12, **params: Any) -> list[list[int]]:
 
 
 def test_two_models_in_one_process_do_not_mix_their_steps(backend: Callable[[str], Path]) -> None:
-    folders = backend("HeliumForCausalLM"), backend("MistralForCausalLM")
+    folders = backend("GraniteForCausalLM"), backend("Starcoder2ForCausalLM")
     alone = []
     for folder in folders:
         with engine(folder) as llm:
@@ -231,26 +289,31 @@ def test_two_models_in_one_process_do_not_mix_their_steps(backend: Callable[[str
 
 
 @pytest.mark.parametrize("scheme", ["int8", "int4"])
-def test_quantization_applies_as_to_native_models(checkpoint: Callable[..., Path], scheme: str) -> None:
+@pytest.mark.parametrize("own_code", [False, True], ids=["as-llama", "own-code"])
+def test_quantization_applies_as_to_native_models(
+    checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, scheme: str, own_code: bool
+) -> None:
     folder = checkpoint("llama", hidden_size=64, intermediate_size=96)
     answers = []
+    if own_code:
+        monkeypatch.setattr(backend_model, "likeness", lambda *args: None)
     for impl in ("quire", "transformers"):
         with engines.engine_of(folder, num_gpu_blocks_override=200, quantization=scheme, model_impl=impl) as llm:
             answers.append(tokens_of(llm))
     assert answers[0] == answers[1]
     model = load_model(config_for(folder, quantization=scheme, model_impl="transformers"), CPU)
-    layers = [module for module in model.modules() if isinstance(module, OwnLinear | LMHead)]
-    assert layers and not any(isinstance(layer.weight, Tensor) for layer in layers)
+    layers = [module for module in model.modules() if isinstance(module, Linear | MergedLinear | LMHead)]
+    assert len(layers) > 9 and not any(isinstance(layer.weight, Tensor) for layer in layers)
 
 
 def test_weights_are_the_file_s_own_bytes(backend: Callable[[str], Path]) -> None:
-    folder = backend("HeliumForCausalLM")
-    model = load_model(config_for(folder), CPU)
+    folder = backend("GraniteForCausalLM")
+    model = load_model(config_for(folder, model_impl="transformers"), CPU)
     assert mapped_bytes(model) >= 0.9 * (folder / "model.safetensors").stat().st_size
 
 
 def test_leaves_are_quire_s_and_know_how_to_be_cut(backend: Callable[[str], Path]) -> None:
-    model = load_model(config_for(backend("LlamaForCausalLM"), model_impl="transformers", load_format="dummy"), CPU)
+    model = load_model(config_for(backend("GraniteForCausalLM"), model_impl="transformers", load_format="dummy"), CPU)
     layer = model.get_submodule("model.layers.1")
     assert layer.get_submodule("self_attn.q_proj").split == "columns"
     assert layer.get_submodule("self_attn.o_proj").split == "rows"
@@ -272,8 +335,11 @@ def test_an_expert_checkpoint_of_one_tensor_each_is_put_together(backend: Callab
 
 
 @pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "HeliumForCausalLM", "GPT2LMHeadModel"])
-def test_a_decode_step_asks_the_device_for_nothing(backend: Callable[[str], Path], architecture: str) -> None:
+def test_a_decode_step_asks_the_device_for_nothing(
+    backend: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, architecture: str
+) -> None:
     """On tensors without values any host sync is an error, so what passes can be captured in a graph."""
+    monkeypatch.setattr(backend_model, "likeness", lambda *args: None)
     config = config_for(backend(architecture), model_impl="transformers")
     model = load_model(config, CPU, Binder(CPU, torch.float32, {"*": "reference"}))
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():

@@ -3,6 +3,7 @@ again; what a real one does to the device is for `benchmarks/gpu`."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 from unittest.mock import Mock
 
@@ -17,7 +18,13 @@ from quire.runner.record import PlainRecorder
 PROMPTS = [[(7 * i + 3 * j) % 2000 + 10 for j in range(n)] for i, n in enumerate((1, 3, 90, 17, 33, 5, 9, 11, 2, 20))]
 
 
-def run(graphs: bool, captured: int = 200, prepare: bool = True, **options: Any) -> tuple[list[Any], set[Any], int]:
+def run(
+    graphs: bool,
+    captured: int = 200,
+    prepare: bool | Callable[[Graphs], None] = True,
+    recorder: Callable[[], PlainRecorder] | None = None,
+    **options: Any,
+) -> tuple[list[Any], set[Any], int]:
     """What is visible, the sizes that were captured, how many steps brought their pages along."""
     fixed: dict[str, Any] = {"dtype": "float32", "max_model_len": 160, "device": "cpu", "enforce_eager": True}
     with LLM("demo", skip_tokenizer_init=True, **fixed, **options) as llm:
@@ -35,7 +42,7 @@ def run(graphs: bool, captured: int = 200, prepare: bool = True, **options: Any)
                 200,
                 2,
                 captured,
-                PlainRecorder(),
+                (recorder or PlainRecorder)(),
             )
             plain = replay._places
 
@@ -46,7 +53,9 @@ def run(graphs: bool, captured: int = 200, prepare: bool = True, **options: Any)
 
             replay._places = places
             replay._run_ragged = Mock(wraps=replay._run_ragged)
-            if prepare:
+            if callable(prepare):
+                prepare(replay)
+            elif prepare:
                 replay.prepare()
             runner._replay = replay
             runner._draw_step = worker.ops.bind(DRAW_STEP)
@@ -113,6 +122,44 @@ def test_steps_beyond_the_largest_graph_use_the_same_buffers() -> None:
         replayed, captured, _ = run(True, captured=most)
         assert replayed == eager
         assert all(tokens <= most for kind, tokens, _ in captured if kind == "ragged")
+
+
+def test_all_sizes_can_be_prepared_while_there_is_nothing_to_do() -> None:
+    """One at a time; steps then find what they need, and give what they would have given."""
+    recorded: list[int] = []
+
+    class Counting(PlainRecorder):
+        def __call__(self, function: Any) -> Any:
+            captured, out = super().__call__(function)
+            recorded.append(out.shape[0])
+            return captured, out
+
+    def prepare(graphs: Graphs) -> None:
+        while graphs.prepare_next():
+            pass
+        recorded.append(0)
+
+    replayed, captured, _ = run(True, prepare=prepare, recorder=Counting)
+    assert replayed == run(False)[0]
+    sizes = {("decode", size, size) for size in decode_sizes(200)}
+    sizes |= {("ragged", tokens, rows) for tokens in token_sizes(200) for rows in (16, 64, 200) if rows <= tokens}
+    assert captured >= sizes
+    late = recorded[recorded.index(0) + 1 :]
+    assert 0 < len(recorded) - len(late) >= 3 * len(decode_sizes(200)), "with their draws"
+    assert len(late) <= 6, "draws that are not common"
+
+
+def test_a_size_that_cannot_be_prepared_is_left() -> None:
+    class Broken(PlainRecorder):
+        def __call__(self, function: Any) -> Any:
+            raise RuntimeError("no")
+
+    def prepare(graphs: Graphs) -> None:
+        graphs._record = Broken()
+        assert not graphs.prepare_next() and not graphs.prepare_next()
+        graphs._record = PlainRecorder()
+
+    assert run(True, prepare=prepare)[0] == run(False)[0]
 
 
 def test_sizes() -> None:

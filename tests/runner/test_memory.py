@@ -71,16 +71,16 @@ def test_given_bytes_are_whole_pages() -> None:
 
 
 def test_a_cpu_takes_half_of_what_is_free_but_no_more_than_all_rows_can_fill(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "_free_host_memory", lambda: 40 * PAGE)
+    monkeypatch.setattr(memory, "available_memory", lambda: 40 * PAGE)
     assert count() == 20
     assert count(length=32, world=2) == 10, "ranks share the memory"
-    monkeypatch.setattr(memory, "_free_host_memory", lambda: 1 << 40)
+    monkeypatch.setattr(memory, "available_memory", lambda: 1 << 40)
     assert count() == 3 * 16, "three sequences of 64 tokens"
 
 
 def test_mapped_weights_are_not_free(monkeypatch: pytest.MonkeyPatch) -> None:
     """The system counts pages of files as memory that can be had."""
-    monkeypatch.setattr(memory, "_free_host_memory", lambda: 64 * PAGE)
+    monkeypatch.setattr(memory, "available_memory", lambda: 64 * PAGE)
     assert memory.num_blocks(config(), FULL, torch.float32, mapped=24 * PAGE) == 20
     with pytest.raises(ClientError, match=r"gets 0\.00 GiB"):
         memory.num_blocks(config(), FULL, torch.float32, mapped=65 * PAGE)
@@ -192,4 +192,4 @@ def test_the_host_gets_whole_pages_of_its_swap_space() -> None:
 
 
 def test_free_memory_is_read_from_the_system() -> None:
-    assert 0 < memory._free_host_memory() < 1 << 60
+    assert 0 < memory.available_memory() < 1 << 60

@@ -15,6 +15,7 @@ COMMANDS = {
     "serve": ("quire.cli.serve", "Serve a model over HTTP, with OpenAI's interface."),
     "complete": ("quire.cli.complete", "Have a server continue a prompt."),
     "bench": ("quire.cli.bench", "Measure throughput, latency, start-up or a server; results as JSON."),
+    "inspect": ("quire.cli.inspect", "Report what a model is, what it takes and whether it runs."),
     "env": ("quire.cli.env", "Report the machine, the libraries and the operations that would be chosen."),
 }
 

@@ -142,7 +142,7 @@ class EngineArgs(_Checked):
     max_num_batched_tokens: int | str | None = arg(None, "Most tokens in a step. The default depends on the device and the usage. May be written 8k.", "Scheduler", human=True, low=1)
     enable_chunked_prefill: bool | None = arg(None, "Let a prompt be computed in pieces that fit beside the decoding sequences; on by default.", "Scheduler")
     scheduling_policy: str = arg("fcfs", "`fcfs`: first come, first served; `priority`: the lower a request's priority value, the earlier.", "Scheduler", choices=("fcfs", "priority"))
-    target_step_ms: float | None = arg(None, "Milliseconds that a step may take: prompts come in pieces that keep to it while other requests decode. 0: no target. Default: 12 for a server on a GPU, else 0.", "Scheduler", low=0)
+    target_step_ms: float | None = arg(None, "Milliseconds that a step may take: prompts come in pieces that keep to it while other requests decode. 0: no target. Default: 20 for a server on a GPU, else 0.", "Scheduler", low=0)
     async_scheduling: bool | None = arg(None, "Plan the next step while the device runs this one; on by default on a GPU.", "Scheduler")
     depth: int | None = arg(None, "Steps in flight, instead of what async_scheduling says.", "Scheduler", low=1, high=64)
     lead: int | None = arg(None, "Sampled tokens of a sequence (0 or 1) that may be unknown to the host when it is planned again.", "Scheduler", low=0, high=1)

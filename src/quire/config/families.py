@@ -135,7 +135,6 @@ _QWEN2_MOE = {
     "moe_intermediate_size": 1408,
     "shared_expert_intermediate_size": 5632,
     "num_experts_per_tok": 4,
-    "num_experts": 60,
 }
 _QWEN3_MOE = {
     **_QWEN2_MOE,
@@ -144,7 +143,6 @@ _QWEN3_MOE = {
     "num_key_value_heads": 4,
     "moe_intermediate_size": 768,
     "num_experts_per_tok": 8,
-    "num_experts": 128,
 }
 
 
@@ -334,12 +332,12 @@ def _experts(experts: Experts) -> Experts:
     return experts
 
 
-def _qwen_moe(arch: ModelArch, shared: int) -> ModelArch:
-    """Qwen's rule for which layers are mixtures."""
+def _qwen_moe(arch: ModelArch, shared: int, experts: int) -> ModelArch:
+    """Qwen's rule for which layers are mixtures; `experts`: the number of them by default, for two names."""
     cfg, n = arch.extra, arch.num_layers
     dense, step = set[int](cfg.get("mlp_only_layers") or ()), _size(cfg, "decoder_sparse_step", default=1)
     layers = tuple(i not in dense and (i + 1) % step == 0 for i in range(n))
-    count, top_k = _size(cfg, "num_experts", "num_local_experts"), _size(cfg, "num_experts_per_tok")
+    count, top_k = _size(cfg, "num_experts", "num_local_experts", default=experts), _size(cfg, "num_experts_per_tok")
     normalised = bool(cfg.get("norm_topk_prob", False))
     return replace(
         arch, experts=_experts(Experts(count, top_k, _size(cfg, "moe_intermediate_size"), normalised, layers, shared))
@@ -360,7 +358,7 @@ def _read_qwen2_moe(architecture: str, cfg: RawConfig) -> ModelArch:
 
     bias = bool(cfg.get("qkv_bias", True))
     arch = _llama_like(architecture, cfg, defaults={}, windows=windows, qkv_bias=bias, out_bias=False)
-    return _qwen_moe(arch, _size(cfg, "shared_expert_intermediate_size"))
+    return _qwen_moe(arch, _size(cfg, "shared_expert_intermediate_size"), 60)
 
 
 def _read_qwen3_moe(architecture: str, cfg: RawConfig) -> ModelArch:
@@ -371,7 +369,7 @@ def _read_qwen3_moe(architecture: str, cfg: RawConfig) -> ModelArch:
 
     bias = bool(cfg.get("attention_bias", False))
     arch = _llama_like(architecture, cfg, defaults={}, windows=windows, qkv_bias=bias, out_bias=bias)
-    return _qwen_moe(arch, 0)
+    return _qwen_moe(arch, 0, 128)
 
 
 READERS: Mapping[str, Callable[[str, RawConfig], ModelArch]] = {

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
+from quire.config.files import Stored
 from quire.config.schema import Config
 from quire.types.errors import ClientError
 
@@ -52,6 +53,24 @@ def find_checkpoint(
     if not _HUB_ID.match(model):
         raise ClientError(f"model folder {model!r} does not exist", "model", model)
     return _fetch(model, revision, download_dir, token, weights)
+
+
+def is_local(model: str) -> bool:
+    """Whether `model` is the bundled one, a folder or a file, and not a Hub id."""
+    return model == DEMO or Path(model).expanduser().exists()
+
+
+def remote_tensors(model: str, revision: str | None, token: str | bool | None) -> list[Stored] | None:
+    """The tensors of a Hub model's safetensors, by headers alone; None where they cannot be had."""
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    try:
+        found: Any = huggingface_hub.get_safetensors_metadata(model, revision=revision, token=token)
+    except (errors.NotASafetensorsRepoError, errors.SafetensorsParsingError, errors.HfHubHTTPError, OSError):
+        return None
+    files = [file for _, file in sorted(found.files_metadata.items())]
+    return [Stored(n, str(t.dtype), tuple(t.shape)) for file in files for n, t in file.tensors.items()]
 
 
 def tokenizer_folder(config: Config) -> Path:

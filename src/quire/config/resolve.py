@@ -213,7 +213,6 @@ def _lengths(args: EngineArgs, arch: ModelArch, stated: int | None = None) -> tu
     wanted = args.max_model_len
     if wanted in (None, -1, "auto"):
         length = longest
-        log.debug("max_model_len=%d: what the checkpoint allows", length)
     else:
         assert isinstance(wanted, int), wanted  # EngineArgs turned "8k" into a number
         if wanted < 2:
@@ -236,11 +235,45 @@ def _lengths(args: EngineArgs, arch: ModelArch, stated: int | None = None) -> tu
     return length, arch
 
 
-def _dtype(asked: str, raw: Mapping[str, Any], device: str, machine: Machine) -> str:
-    if asked != "auto":
-        return _DTYPES.get(asked, asked)
+def _length_reason(args: EngineArgs, arch: ModelArch, length: int) -> str:
+    """Where max_model_len comes from."""
+    rope, longest = arch.rope, arch.max_supported_length
+    allowed = f"{longest}, the max_position_embeddings of config.json"
+    if rope is not None and longest != arch.max_position:
+        base = arch.max_position if rope.kind != "yarn" else rope.original_max_position
+        allowed = f"{longest}, {base} positions of config.json times {rope.factor:g} by rope scaling {rope.kind!r}"
+    if args.max_model_len not in (None, -1, "auto"):
+        return f"as asked for; the checkpoint allows {allowed}"
+    if length < longest:
+        return f"the sliding window, since disable_sliding_window is set; the checkpoint allows {allowed}"
+    return f"what the checkpoint allows: {allowed}"
+
+
+def stored_dtype(raw: Mapping[str, Any]) -> str:
+    """The number type that config.json names, float32 where it names none."""
     stored = str(raw.get("dtype") or raw.get("torch_dtype") or "float32").removeprefix("torch.")
-    stored = _DTYPES.get(stored, stored)
+    return _DTYPES.get(stored, stored)
+
+
+def _asked_dtype(dtype: str, stored: str, device: str, machine: Machine) -> str:
+    """What was asked for, with advice where it is seldom wanted."""
+    if device == "cuda" and dtype == "bfloat16" and (gpu := machine.gpus[0]).capability < (8, 0):
+        has = ".".join(map(str, gpu.capability))
+        text = (
+            f"dtype='bfloat16' needs a GPU of compute capability 8.0; {gpu.name} has {has}: use 'float16' or 'float32'"
+        )
+        raise ClientError(text, "dtype", dtype)
+    if dtype == "float16" and device == "cpu":
+        log.warning("dtype=float16: a CPU converts every number of it; bfloat16 is faster, float32 exact")
+    elif dtype == "float16" and stored == "bfloat16":
+        log.warning("dtype=float16: the checkpoint's bfloat16 reaches further, and may overflow; prefer bfloat16")
+    return dtype
+
+
+def _dtype(asked: str, raw: Mapping[str, Any], device: str, machine: Machine) -> str:
+    stored = stored_dtype(raw)
+    if asked != "auto":
+        return _asked_dtype(_DTYPES.get(asked, asked), stored, device, machine)
     if device == "cpu":
         if stored == "float16":
             log.info(
@@ -377,7 +410,7 @@ def _scheduler(
         scheduling_policy=args.scheduling_policy,
         depth=depth,
         lead=lead,
-        target_step_ms=(12.0 if device == "cuda" and usage == "server" else 0.0)
+        target_step_ms=(20.0 if device == "cuda" and usage == "server" else 0.0)
         if args.target_step_ms is None
         else args.target_step_ms,
         async_scheduling=overlapped,
@@ -408,6 +441,8 @@ def _model(
             value=args.max_logprobs,
         )
     names = args.served_model_name or args.model
+    reason = _length_reason(args, arch, max_model_len)
+    log.info("max_model_len=%d: %s", max_model_len, reason)
     return ModelConfig(
         model=args.model,
         path=path,
@@ -419,6 +454,7 @@ def _model(
         dtype=dtype,
         seed=args.seed,
         max_model_len=max_model_len,
+        max_model_len_reason=reason,
         arch=arch,
         hf_token=args.hf_token,
         chat_template=args.chat_template,

@@ -47,6 +47,7 @@ class ModelConfig:
     quantization: str | None = None
     served_model_names: tuple[str, ...] = ()
     registered: Mapping[str, str] = field(default_factory=dict[str, str])
+    max_model_len_reason: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

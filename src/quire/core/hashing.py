@@ -22,11 +22,15 @@ def extend_hashes(
     hashes: list[bytes], root: bytes, tokens: list[int], upto: int, block_size: int, request: Request
 ) -> None:
     """Append to `hashes` (one a full block) until the blocks that end at or before token `upto` are covered."""
-    for j in range(len(hashes), upto // block_size):
-        parent = hashes[j - 1] if j else root
+    known, stop = len(hashes), upto // block_size
+    numbers = array("i", tokens[known * block_size : stop * block_size]).tobytes()
+    size = len(numbers) // max(1, stop - known)  # bytes of a block
+    parent = hashes[-1] if hashes else root
+    for j in range(known, stop):
         start, end = j * block_size, (j + 1) * block_size
-        content = parent + array("i", tokens[start:end]).tobytes()
+        content = parent + numbers[(j - known) * size : (j - known + 1) * size]
         for at, length, digest in request.item_hashes:
             if at < end and at + length > start:
                 content += digest + (at - start).to_bytes(8, "little", signed=True)
-        hashes.append(blake2b(content, digest_size=16).digest())
+        parent = blake2b(content, digest_size=16).digest()
+        hashes.append(parent)

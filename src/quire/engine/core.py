@@ -30,6 +30,9 @@ from quire.utils.logging import fields
 
 log = logging.getLogger(__name__)
 _GRAMMAR_S = 0.005  # how long a step waits for grammars where there is nothing else to do
+# The next plan may wait for requests until so much of the step on the device should be over, but for the seconds that
+# the host takes to plan and to submit.
+_SURE, _HOST_S = 0.85, 0.0015
 
 
 @dataclass(slots=True)
@@ -118,6 +121,22 @@ class EngineCore:
         except BaseException:  # Ctrl-C in the middle of a step: nobody knows how far it came
             self._restart()
             raise
+
+    def idle(self) -> bool:
+        """Where there is no work: prepares for work to come, a little. False: nothing is left to prepare."""
+        return self._executor.idle()
+
+    def spare(self) -> float:
+        """Seconds for which `step` may come later without the device waiting: a plan that is made later has the
+        requests in it that came meanwhile."""
+        if self._pace is None or len(self._inflight) != self._depth - 1 or not self._inflight:
+            return 0.0
+        plan, pending = self._inflight[-1]
+        if pending.done():
+            return 0.0
+        begun, prompt = max(self._begun[-1], self.progress), len(plan.tokens)
+        seconds = self._pace.expected(prompt, int(plan.counts.sum()) - prompt)
+        return begun + _SURE * seconds - _HOST_S - time.monotonic()
 
     def _plan(self) -> Plan | None:
         with self._range("schedule"):

@@ -436,9 +436,9 @@ def _token_list(value: Any) -> list[int]:
     if not isinstance(items, list | tuple):
         text = f"a prompt must be text, a list of token ids, or a dict, got {type(value).__name__}"
         raise ClientError(text, "prompt", value)
+    if set(map(type, items)) <= {int}:
+        return list(items)
     for item in items:
-        if type(item) is not int:
-            if isinstance(item, bool) or not hasattr(item, "__index__"):
-                raise ClientError(f"token ids must be integers, got {item!r}", "prompt_token_ids", item)
-            return [int(i) for i in items]
-    return list(items)
+        if isinstance(item, bool) or not hasattr(item, "__index__"):
+            raise ClientError(f"token ids must be integers, got {item!r}", "prompt_token_ids", item)
+    return [int(i) for i in items]

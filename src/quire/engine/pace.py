@@ -27,12 +27,16 @@ class Pace:
         left = self._target - (self._decodes or 0.0)
         return max(LEAST, int(left / self._slope) // MULTIPLE * MULTIPLE)
 
+    def expected(self, prompt_tokens: int, decodes: int) -> float:
+        """Seconds of such a step; less where too little was measured."""
+        return (self._decodes or 0.0 if decodes else 0.0) + (self._slope or 0.0) * prompt_tokens
+
     def took(self, prompt_tokens: int, decodes: int, seconds: float) -> None:
         """A step of so many tokens of prompts and so many decoding rows took `seconds`."""
         if not prompt_tokens:
             self._decodes = _follow(self._decodes, seconds)
         elif prompt_tokens >= LEAST // 2:
-            more = max(seconds - (self._decodes or 0.0 if decodes else 0.0), 1e-9)
+            more = max(seconds - self.expected(0, decodes), 1e-9)
             self._slope = _follow(self._slope, more / prompt_tokens)
 
 

@@ -27,6 +27,7 @@ with uncollected("torch"):
     from quire.engine.client import InProcessClient
 
 log = logging.getLogger(__name__)
+_SLICE_MS = 1  # how long a wait for messages is while the device is at work
 
 
 def serve(channel: Channel, config: Config, address: str, begun: float) -> None:
@@ -74,14 +75,20 @@ class _Loop:
             self._give_out(deltas)
 
     def _take_in(self) -> bool:
-        """Read messages; waits for one if there is nothing else to do. False: stop."""
+        """Read messages; waits for one if there is nothing else to do, and for more as long as the device has enough
+        to do. False: stop."""
         if not self._core.has_work:
+            while not self._socket.poll(0) and self._core.idle():
+                pass
             self._socket.poll()
         while True:
             try:
                 front, data = self._socket.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
-                return True
+                if self._core.spare() < _SLICE_MS / 1e3:
+                    return True
+                self._socket.poll(_SLICE_MS)
+                continue
             if not self._handle(front, wire.decode(data, wire.ToCore)):
                 return False
 

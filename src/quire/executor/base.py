@@ -16,6 +16,10 @@ class Result(Protocol):
         """Wait for it; raises what went wrong in the step."""
         ...
 
+    def done(self) -> bool:
+        """Whether `result` would not wait."""
+        ...
+
 
 class Executor(Protocol):
     """Workers that run plans, all of them each plan. Sizes are in pages of KV cache."""
@@ -30,6 +34,10 @@ class Executor(Protocol):
 
     def prepare(self, grammar: str, eos_token_ids: tuple[int, ...]) -> Future[None]:
         """Compile the grammar of a row to come, beside the steps: a step with the row would wait for it."""
+        ...
+
+    def idle(self) -> bool:
+        """Where there is nothing else to do: something small that makes later steps faster. False: nothing is left."""
         ...
 
     def shutdown(self) -> None: ...

@@ -17,6 +17,9 @@ class _Failed:
     def result(self) -> StepResult:
         raise self._error
 
+    def done(self) -> bool:
+        return True
+
 
 class LocalExecutor:
     def __init__(self, config: Config) -> None:
@@ -35,6 +38,9 @@ class LocalExecutor:
     def prepare(self, grammar: str, eos_token_ids: tuple[int, ...]) -> Future[None]:
         assert self.worker is not None, "the executor is shut down"
         return self.worker.prepare(grammar, eos_token_ids)
+
+    def idle(self) -> bool:
+        return self.worker is not None and self.worker.idle()
 
     def shutdown(self) -> None:
         self.worker = None  # the model's memory goes with it

@@ -122,6 +122,9 @@ class MultiprocExecutor:
         """Sends the plan to all workers. The future fails with `EngineError` where a worker fails or has failed."""
         return self._ranks.submit(plan)
 
+    def idle(self) -> bool:
+        return False
+
     def shutdown(self) -> None:
         """Ends the workers, in bounded time; what is pending fails. May be called again."""
         self._ranks.shutdown()

@@ -71,7 +71,7 @@ class Slot:
 class SlotModule(nn.Module):
     """A module with weights of its own. `split` says how a shard pass may cut it: "heads" (rows, in whole heads),
     "columns" (rows of the weight: output features), "rows" (columns of the weight: input features, outputs summed),
-    "vocab" (rows, in token ids), None (kept whole)."""
+    "vocab" (rows, in token ids), "experts" (rows, in whole experts), None (kept whole)."""
 
     def __init__(self, split: str | None = None) -> None:
         super().__init__()

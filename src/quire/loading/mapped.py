@@ -23,11 +23,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from quire.config.files import LARGEST_HEADER, checkpoint_files
 from quire.layers.slots import Part, walk_slots
-from quire.loading.weights import Translates, checkpoint_files, known_name
+from quire.loading.weights import Translates, known_name
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-LARGEST_HEADER = 100_000_000  # bytes; the format's own bound
 
 
 @dataclass(frozen=True, slots=True)

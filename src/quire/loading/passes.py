@@ -149,7 +149,7 @@ def load_model(config: Config, device: torch.device, ops: Binder | None = None) 
             f"dtype {config.model.dtype!r} is not known; there are {', '.join(DTYPES)}", "dtype", config.model.dtype
         )
     context = LoadContext(config, device, dtype, ops or Binder(device, dtype))
-    model = _build(config, dtype)
+    model = build_model(config, dtype)
     for _, change in passes(config.model.quantization):
         change(model, context)
     if config.pooling is not None:  # a folder of their own
@@ -159,8 +159,8 @@ def load_model(config: Config, device: torch.device, ops: Binder | None = None) 
     return model.eval()
 
 
-def _build(config: Config, dtype: torch.dtype) -> nn.Module:
-    """The module tree, parameters on the meta device."""
+def build_model(config: Config, dtype: torch.dtype) -> nn.Module:
+    """The module tree, parameters on the meta device. Raises `ClientError` for what no class implements."""
     if config.model.model_impl == ENCODER:
         return encoder_class()(config, dtype)
     if config.model.model_impl == TRANSFORMERS:

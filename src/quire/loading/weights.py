@@ -1,24 +1,27 @@
-"""Checkpoint tensors into weight slots, one at a time.
+"""Checkpoint tensors into weight slots, a few at a time.
 
-Owns: which files of a folder are read and how, the names that may be missing or left over, and the errors that name
-what is wrong. Knows no architecture: the slots say what they want.
+Owns: how files are read, the names that may be missing or left over, and the errors that name what is wrong. Knows no
+architecture: the slots say what they want.
 """
 
 from __future__ import annotations
 
-import json
 import pickle
 import re
 import zlib
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from threading import BoundedSemaphore
+from types import TracebackType
 from typing import Protocol, runtime_checkable
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from quire.config.files import LISTED, checkpoint_files, damaged
 from quire.layers.linear import LMHead
 from quire.layers.slots import NORM, Part, Slot, walk_slots
 from quire.types.errors import ClientError
@@ -26,7 +29,8 @@ from quire.types.errors import ClientError
 # Tensors that checkpoints carry although they are computed: rotary frequencies, GPT-2's causal masks, OPT's version.
 HARMLESS = re.compile(r"(^|\.)(rotary_emb\.(inv_freq|cos_cached|sin_cached)|attn\.(masked_)?bias|decoder\.version)$")
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-LISTED = 5
+
+READERS = 4  # threads that copy tensors out of files
 
 Reader = Callable[[], Tensor]
 
@@ -76,18 +80,53 @@ def load_weights(model: nn.Module, folder: Path, load_format: str, seed: int = 0
     heads: dict[str, Tensor] = {}
     unexpected: list[str] = []
     unused: tuple[str, ...] = getattr(model, "unused", ())  # beginnings of names that this model has no use for
-    for name, read in tensors:
-        known = known_name(name, prefix, wants)
-        if known is not None:
-            _fill(name, read, wants[known])
-        elif name in tied:
-            heads[name] = read()
-        elif not HARMLESS.search(name) and not name.startswith(unused):
-            unexpected.append(name)
+    with _Copies(READERS) as copies:
+        for name, read in tensors:
+            known = known_name(name, prefix, wants)
+            if known is not None:
+                _fill(name, read, wants[known], copies)
+            elif name in tied:
+                heads[name] = read()
+            elif not HARMLESS.search(name) and not name.startswith(unused):
+                unexpected.append(name)
     for name, tensor in heads.items():
         _settle_tied(name, tensor, tied[name], wants)
     missing = [name for name, waiting in wants.items() if not all(want.filled for want in waiting)]
     _complain(folder, missing, unexpected)
+
+
+def wanted_tensors(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """The checkpoint tensors that the slots of `model` ask for, with their shapes."""
+    return {part.name(path): part.shape for path, _, _, slot in walk_slots(model) for part in slot.parts}
+
+
+def check_names(model: nn.Module, folder: Path, stored: Mapping[str, tuple[int, ...]]) -> None:
+    """What `load_weights` would say of names and shapes, of a checkpoint of which only these are known. Raises
+    `ClientError`."""
+    wanted, prefix = wanted_tensors(model), getattr(model, "prefix", "")
+    tied = {f"{path}.weight": module for path, module in model.named_modules() if _is_tied(module)}
+    missing, unexpected = dict(wanted), list[str]()
+    for name, shape in stored.items():
+        known = known_name(name, prefix, wanted)
+        if known is not None:
+            missing.pop(known, None)
+            _check_shape(name, shape, wanted[known])
+        elif name in tied:  # it fills the table where that is missing
+            for path, module, own, slot in walk_slots(model):
+                if getattr(module, own) is tied[name].weight:
+                    missing.pop(slot.parts[0].name(path), None)
+        elif not HARMLESS.search(name) and not name.startswith(getattr(model, "unused", ())):
+            unexpected.append(name)
+    _complain(folder, list(missing), unexpected)
+
+
+def _check_shape(name: str, shape: tuple[int, ...], wanted: tuple[int, ...]) -> None:
+    if shape != wanted:
+        raise ClientError(
+            f"tensor {name} has shape {shape} but config.json asks for {wanted}: the configuration and the weights do "
+            "not belong together",
+            "model",
+        )
 
 
 def known_name(name: str, prefix: str, wanted: Container[str]) -> str | None:
@@ -98,7 +137,41 @@ def known_name(name: str, prefix: str, wanted: Container[str]) -> str | None:
     return None
 
 
-def _fill(name: str, read: Reader, waiting: list[_Want]) -> None:
+class _Copies:
+    """Tensors on their way into place, in several threads: what takes time is that the pages of a mapped file are read,
+    converted and sent to the device. Names, shapes and types were checked before, one after the other, so that errors
+    come in the order of the files. A tensor is let go when it is copied, and few wait, so little memory is needed."""
+
+    def __init__(self, threads: int) -> None:
+        self._pool = ThreadPoolExecutor(threads, "quire-load")
+        self._room = BoundedSemaphore(2 * threads)
+        self._futures: list[Future[None]] = []
+
+    def __call__(self, want: _Want, tensor: Tensor) -> None:
+        self._room.acquire()
+        self._futures.append(self._pool.submit(self._copy, want, tensor))
+
+    def __enter__(self) -> _Copies:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, e: BaseException | None, trace: TracebackType | None) -> None:
+        self._pool.shutdown(cancel_futures=e is not None)
+        if e is None:
+            for future in self._futures:
+                future.result()
+
+    def _copy(self, want: _Want, tensor: Tensor) -> None:
+        try:
+            want.part.fill(want.parameter, tensor)
+        finally:
+            self._room.release()
+
+
+def _at_once(want: _Want, tensor: Tensor) -> None:
+    want.part.fill(want.parameter, tensor)
+
+
+def _fill(name: str, read: Reader, waiting: list[_Want], copy: Callable[[_Want, Tensor], None] = _at_once) -> None:
     if all(want.filled for want in waiting):
         return
     tensor = read()
@@ -109,14 +182,9 @@ def _fill(name: str, read: Reader, waiting: list[_Want]) -> None:
             "model",
         )
     for want in waiting:
-        if tuple(tensor.shape) != want.part.shape:
-            raise ClientError(
-                f"tensor {name} has shape {tuple(tensor.shape)} but config.json asks for {want.part.shape}: the "
-                "configuration and the weights do not belong together",
-                "model",
-            )
+        _check_shape(name, tuple(tensor.shape), want.part.shape)
         if not want.filled:
-            want.part.fill(want.parameter, tensor)
+            copy(want, tensor)
             want.filled = True
 
 
@@ -154,51 +222,6 @@ def _complain(folder: Path, missing: list[str], unexpected: list[str]) -> None:
         )
 
 
-def checkpoint_files(folder: Path, load_format: str = "auto") -> list[Path]:
-    """The weight files of `folder` in a fixed order: those that an index names, else all of one kind."""
-    kinds = {"auto": ("safetensors", "bin"), "safetensors": ("safetensors",), "pt": ("bin",)}
-    if load_format not in kinds:
-        raise ClientError(
-            f"load_format {load_format!r} is not known; there are {', '.join([*kinds, 'dummy'])}",
-            "load_format",
-            load_format,
-        )
-    for kind in kinds[load_format]:
-        stem = "model.safetensors" if kind == "safetensors" else "pytorch_model.bin"
-        if (index := folder / f"{stem}.index.json").exists():
-            return _indexed_files(index)
-        if (single := folder / stem).exists():
-            return [single]
-        # Mistral's own format lies beside the same weights under these names.
-        found = sorted(path for path in folder.glob(f"*.{kind}") if not path.name.startswith("consolidated"))
-        if found and not (kind == "bin" and found == [folder / "training_args.bin"]):
-            return [path for path in found if path.name != "training_args.bin"]
-    wanted = " or ".join(f"*.{kind}" for kind in kinds[load_format])
-    raise ClientError(
-        f"no {wanted} file in {folder}: give a folder with weights, or load_format='dummy' for random ones",
-        "model",
-        str(folder),
-    )
-
-
-def _indexed_files(index: Path) -> list[Path]:
-    try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise _damaged(index, error) from error
-    files = [index.parent / name for name in names]
-    absent = [path.name for path in files if not path.exists()]
-    if absent:
-        more = f" and {len(absent) - LISTED} more" if len(absent) > LISTED else ""
-        raise ClientError(
-            f"{index.parent} lacks {', '.join(absent[:LISTED])}{more}, which {index.name} names: download the "
-            "checkpoint again",
-            "model",
-            str(index.parent),
-        )
-    return files
-
-
 def _file_tensors(path: Path) -> Iterator[tuple[str, Reader]]:
     if path.suffix == ".safetensors":
         yield from _safetensors(path)
@@ -213,7 +236,7 @@ def _safetensors(path: Path) -> Iterator[tuple[str, Reader]]:
             for name in file.keys():  # noqa: SIM118 (not a dict)
                 yield name, lambda name=name: file.get_tensor(name)
     except (SafetensorError, OSError) as error:
-        raise _damaged(path, error) from error
+        raise damaged(path, error) from error
 
 
 def _pickled(path: Path) -> dict[str, Tensor]:
@@ -223,19 +246,10 @@ def _pickled(path: Path) -> dict[str, Tensor]:
         except RuntimeError:  # files written before torch 1.6 cannot be mapped
             loaded = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError) as error:
-        raise _damaged(path, error) from error
+        raise damaged(path, error) from error
     if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
-        raise _damaged(path, "it does not hold a dict of tensors")
+        raise damaged(path, "it does not hold a dict of tensors")
     return loaded
-
-
-def _damaged(path: Path, error: object) -> ClientError:
-    first = next(iter(str(error).splitlines()), "") or type(error).__name__
-    return ClientError(
-        f"{path} cannot be read ({first}): the file is damaged or incomplete; download or copy it again",
-        "model",
-        str(path),
-    )
 
 
 def _dummy_tensors(wants: dict[str, list[_Want]], seed: int) -> Iterator[tuple[str, Reader]]:

@@ -16,6 +16,7 @@ from torch import Tensor
 from quire.ops import native, triton
 from quire.ops.activation import gated_activation
 from quire.ops.dispatch import REGISTRY
+from quire.utils.pages import untouched
 
 
 def linear(x_TD: Tensor, weight_ND: Tensor, bias_N: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:
@@ -62,6 +63,10 @@ class QuantizedWeight:
         """Inputs that share a scale."""
         return self.inputs // self.scale_NG.shape[1]
 
+    def rows(self, start: int, stop: int) -> QuantizedWeight:
+        """These outputs alone."""
+        return QuantizedWeight(self.q[start:stop], self.scale_NG[start:stop], self.bits, self.dynamic, self.inputs)
+
     def integers(self, rows: Tensor | None = None) -> Tensor:
         """q as int8 (N, D), or only these rows of it."""
         q = self.q if rows is None else self.q[rows]
@@ -84,8 +89,8 @@ def quantize_weight(weight_ND: Tensor, bits: int, group: int, dynamic: bool) -> 
     """Round to nearest, symmetric, each group of `group` inputs (0: the whole row) scaled by its largest magnitude."""
     outputs, inputs = weight_ND.shape
     group = group or inputs
-    q = weight_ND.new_empty((outputs, inputs * bits // 8), dtype=torch.int8 if bits == 8 else torch.uint8)
-    scale = weight_ND.new_empty((outputs, inputs // group), dtype=torch.float32)
+    q = _empty((outputs, inputs * bits // 8), torch.int8 if bits == 8 else torch.uint8, weight_ND.device)
+    scale = _empty((outputs, inputs // group), torch.float32, weight_ND.device)
     largest = (1 << (bits - 1)) - 1
     rows = max(1, CHUNK // max(1, inputs))
     for part, q_part, scale_part in zip(weight_ND.split(rows), q.split(rows), scale.split(rows), strict=True):
@@ -97,6 +102,14 @@ def quantize_weight(weight_ND: Tensor, bits: int, group: int, dynamic: bool) -> 
             rounded = halves[:, 0::2] | (halves[:, 1::2] << 4)
         q_part.copy_(rounded)
     return QuantizedWeight(q, scale, bits, dynamic, inputs)
+
+
+def _empty(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """On a CPU in huge pages where they can be had: one token reads all weights, which takes less time then."""
+    if device.type != "cpu" or 0 in shape:
+        return torch.empty(shape, dtype=dtype, device=device)
+    memory = torch.from_numpy(untouched(shape[0] * shape[1] * dtype.itemsize, huge=True))
+    return memory.view(dtype).view(shape)
 
 
 def quantize_tokens(x_TD: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,7 @@ from types import MappingProxyType
 from torch import Tensor, nn
 
 from quire.layers.linear import Embedding, Linear, LMHead, MergedLinear
+from quire.layers.moe import ExpertMatrix
 from quire.ops.linear import QuantizedWeight, quantize_weight
 
 
@@ -41,12 +42,13 @@ SCHEMES: Mapping[str, Scheme] = MappingProxyType(
 
 
 def mark_layers(model: nn.Module, scheme: Scheme) -> None:
-    """Every linear layer gets `scheme`. The head keeps 8 bits (its errors go straight into the choice of a token), and
-    so does a table that is tied to it; other embeddings stay as they are, since only single rows of them are read."""
+    """Every linear layer and every expert gets `scheme`, a router none. The head keeps 8 bits (its errors go straight
+    into the choice of a token), and so does a table that is tied to it; other embeddings stay as they are, since only
+    single rows of them are read."""
     head = Scheme(8, 0, scheme.dynamic)
     tied: set[int] = set()
     for module in model.modules():
-        if isinstance(module, Linear | MergedLinear):
+        if isinstance(module, Linear | MergedLinear | ExpertMatrix):
             even = scheme.bits == 8 or module.weight.shape[1] % 2 == 0
             module.scheme = scheme if even else head
         elif isinstance(module, LMHead):

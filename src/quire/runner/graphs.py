@@ -134,6 +134,8 @@ class Graphs:
         self._place = np.zeros(table.padding_row + 1, np.int64)
         self._forwards: dict[tuple[str, int, int], tuple[Captured, Tensor]] = {}
         self._too_large = set[tuple[str, int, int]]()
+        ragged = [("ragged", tokens, rows) for rows in self._row_sizes for tokens in self._tokens if rows <= tokens]
+        self._rest = [*(("decode", size, size) for size in self._decodes), *ragged][::-1]
         self._logits: Tensor | None = None  # of steps that are not decodes, whatever their size
         packed_B2 = torch.zeros((rows, 2), dtype=torch.int32, device=device)
         self._out = Out.new(rows, device)._replace(packed_S2=packed_B2, last_X=table.last_R, length_X=table.length_R)
@@ -160,12 +162,26 @@ class Graphs:
             {_above(self._decodes, n) for n in DECODES_AT_START if n <= self._decodes[-1]}, reverse=True
         ):
             self._capture_decodes(size)
-            for kind in (Kind.GREEDY, Kind.NOISE):
-                self._capture_draw(size, kind)
+            self._capture_draws(size)
         rows = _above(self._row_sizes, min(ROWS_AT_START, self._row_sizes[-1]))
         for tokens in reversed([n for n in TOKENS_AT_START if n in self._tokens]):
             self._capture_ragged(tokens, rows)
         return len(self._forwards), time.monotonic() - begin
+
+    def prepare_next(self) -> bool:
+        """Captures one of the sizes that are not common either: small steps first, those with prompts last."""
+        while self._rest:
+            key = self._rest.pop()
+            if key in self._forwards:
+                continue
+            try:
+                if self._captured(key) and key[0] == "decode":
+                    self._capture_draws(key[1])
+                return True
+            except Exception:  # nobody has asked for it
+                log.exception("a graph of %d tokens cannot be captured", key[1])
+                self._rest.clear()
+        return False
 
     @torch.inference_mode()
     def foresee(self) -> None:
@@ -260,6 +276,11 @@ class Graphs:
             self._capture_draw(size, kind)
         self._draws[size, kind].replay()
         return self._first(count)
+
+    def _capture_draws(self, size: int) -> None:
+        """The common ones."""
+        for kind in (Kind.GREEDY, Kind.NOISE):
+            self._capture_draw(size, kind)
 
     @torch.inference_mode()
     def _capture_draw(self, size: int, kind: Kind) -> None:

@@ -6,7 +6,6 @@ from __future__ import annotations
 import logging
 import math
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -15,15 +14,14 @@ from quire.config.schema import Config
 from quire.layers.step import AttentionMeta, GroupMeta, Step
 from quire.loading.passes import DTYPES
 from quire.models.base import CausalLM
+from quire.runner.estimate import CONTEXT, GIB
 from quire.runner.graphs import decode_sizes
 from quire.runner.kv_store import KVStore, page_bytes
 from quire.types.errors import ClientError
 from quire.types.kv import KVGroup, pages_needed
+from quire.utils.devices import available_memory
 
 log = logging.getLogger(__name__)
-
-GIB = 1 << 30
-CONTEXT = GIB  # what CUDA, its libraries' workspaces and the graphs' own memory take, about
 
 
 def num_host_blocks(config: Config, groups: tuple[KVGroup, ...], dtype: torch.dtype) -> int:
@@ -75,7 +73,7 @@ def num_blocks(
             f"itself; {device.free / GIB:.1f} GiB are free"
         )
     else:
-        share = max(0, _free_host_memory() - mapped) // (2 * config.parallel.world_size)
+        share = max(0, available_memory() - mapped) // (2 * config.parallel.world_size)
         budget = min(share, longest * config.scheduler.max_num_seqs * page)
         source = "at most: half of the free memory, or what max_num_seqs sequences can fill; taken as it is used"
     count = budget // page
@@ -139,14 +137,3 @@ def device_memory(
     graphs = (sum(decode_sizes(min(tokens, rows))) + rows) * arch.vocab_size * DTYPES[config.model.dtype].itemsize
     counts = rows * arch.vocab_size * torch.int32.itemsize  # of tokens, where every row has penalties
     return Device(total, free, weights, peak + (graphs + counts if isinstance(model, CausalLM) else 0))
-
-
-def _free_host_memory() -> int:
-    """Bytes that can be had without swapping; 8 GiB where the system does not say."""
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return 8 * GIB

@@ -36,6 +36,9 @@ class Pending:
     sampled: Sampled | None
     prompt_logprobs: tuple[PromptLogprobs, ...]
 
+    def done(self) -> bool:
+        return self.sampled is None or self.sampled.done()
+
     def result(self) -> StepResult:
         if self.sampled is None:
             return StepResult(self.number, ints((), (0, 1)), ints(), prompt_logprobs=self.prompt_logprobs)

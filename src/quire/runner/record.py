@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, Protocol
 
 import torch
@@ -20,20 +21,30 @@ class Recorder(Protocol):
 
 
 class CudaRecorder:
-    """CUDA graphs that share one pool of memory: what one leaves behind must be read before another one runs."""
+    """CUDA graphs that share one pool of memory: what one leaves behind must be read before another one runs.
+
+    Nothing waits for the device, and no memory is given back to it, as `torch.cuda.graph` would: a step that comes in a
+    new size is recorded while the one before it runs."""
 
     def __init__(self) -> None:
         self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream()
 
     def __call__(self, function: Callable[[], Tensor]) -> tuple[Captured, Tensor]:
-        torch.cuda.synchronize()
-        with torch.cuda.stream(self._stream):  # kernels are compiled, libraries make their workspaces
-            function()
-        graph = torch.cuda.CUDAGraph()
-        # threads that compile kernels may ask the device what they like meanwhile
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
-            out = function()
+        outside, graph = torch.cuda.current_stream(), torch.cuda.CUDAGraph()
+        self._stream.wait_stream(outside)
+        with torch.cuda.stream(self._stream):
+            function()  # kernels are loaded, libraries make their workspaces
+            # threads that load kernels may ask the device what they like meanwhile
+            graph.capture_begin(self._pool, capture_error_mode="thread_local")
+            try:
+                out = function()
+            except BaseException:
+                with suppress(Exception):  # it says that the recording is broken, not why
+                    graph.capture_end()
+                raise
+            graph.capture_end()
+        outside.wait_stream(self._stream)
         return graph, out
 
 

@@ -118,6 +118,9 @@ class HostReplay:
     def takes(self, plan: Plan) -> bool:
         return 0 < len(plan.rows) <= self._max_rows and int(plan.counts.sum()) <= self._max_tokens
 
+    def prepare_next(self) -> bool:
+        return False
+
     def run(self, plan: Plan) -> Replayed:
         num_rows, total = len(plan.rows), int(plan.counts.sum())
         host, size = self._host, self._table.block_size

@@ -42,6 +42,10 @@ class Replay(Protocol):
         """The forward of a plan whose changes were applied to the table, unless this `carries` them."""
         ...
 
+    def prepare_next(self) -> bool:
+        """Prepares for one more size of steps; False if there is none left."""
+        ...
+
 
 class NoReplay:
     """Every step runs eagerly."""
@@ -53,3 +57,6 @@ class NoReplay:
 
     def run(self, plan: Plan) -> Replayed:
         raise AssertionError("no step is recorded")
+
+    def prepare_next(self) -> bool:
+        return False

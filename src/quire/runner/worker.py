@@ -25,7 +25,7 @@ from quire.ops.native.bound import most_tokens
 from quire.ops.native.kernels import ANY
 from quire.ops.sampling import DRAW_STEP
 from quire.ops.triton.ahead import Compiler, make_ahead
-from quire.runner import memory
+from quire.runner import estimate, memory
 from quire.runner.compilers import GrammarCompilers
 from quire.runner.graphs import Graphs
 from quire.runner.kv_store import KVStore
@@ -34,6 +34,7 @@ from quire.runner.model_runner import ModelRunner, Pending
 from quire.runner.pooler import Pooler
 from quire.runner.pooling_runner import EncoderRunner, Encodes, PendingPooled, PoolingRunner
 from quire.runner.replay import make_replay
+from quire.runner.replayed import NoReplay, Replay
 from quire.runner.sampler import Sampler, SamplingOps
 from quire.runner.table import Makes, RequestTable, State
 from quire.types.errors import ClientError
@@ -60,22 +61,27 @@ class Worker:
             torch.cuda.set_device(self.device)
         else:
             torch.set_num_threads(config.device.threads)
+        ahead = make_ahead(self.device)
         arch, size = config.model.arch, config.cache.block_size
         dtype = DTYPES[config.model.dtype]
         self.ops = Binder(self.device, dtype, config.device.ops)
         gpu = self.device.type == "cuda"
         before = torch.cuda.memory_allocated(self.device) if gpu else 0
+        if rank == 0:
+            estimate.announce(config)
         model = load_model(config, self.device, self.ops)
+        self._replay: Replay = NoReplay()
         self._runner: ModelRunner | PoolingRunner | EncoderRunner
         if config.pooling is not None and not config.pooling.causal:
             encoder = cast(Encodes, model)
             self.kv_groups: tuple[KVGroup, ...] = ()
             self.num_blocks = self.num_host_blocks = 0
             self._runner = EncoderRunner(encoder, Pooler(encoder, config.pooling, self.device), self.device)
+            ahead.close()
             return
         self.kv_groups = kv_groups(arch, config.model.max_model_len)
         kv_dtype = KV_DTYPES[config.cache.kv_cache_dtype]
-        ahead = make_ahead(self.ops, kv_dtype, self.device)
+        ahead = ahead.serves(self.ops, kv_dtype)
         with ahead:
             there = memory.device_memory(model, config, self.kv_groups, kv_dtype, self.device, before) if gpu else None
         self.num_blocks = memory.num_blocks(config, self.kv_groups, kv_dtype, there, mapped_bytes(model))
@@ -111,7 +117,9 @@ class Worker:
             compilers=self._compilers,
         )
         table = self._table(config, sampler)
-        replay = make_replay(model, table, store, self.ops, self.device, budget, depth, config.model.enforce_eager)
+        eager = config.model.enforce_eager
+        replay = make_replay(model, table, store, self.ops, self.device, budget, depth, eager)
+        self._replay = replay
         draw_step = self.ops.bind(DRAW_STEP) if self.device.type == "cuda" else None
         runner = ModelRunner(model, store, table, sampler, replay, self.device, depth, draw_step)
         if isinstance(replay, Graphs):
@@ -136,6 +144,10 @@ class Worker:
     def execute(self, plan: Plan) -> StepResult:
         """Run a step to its end."""
         return self.submit(plan).result()
+
+    def idle(self) -> bool:
+        """Makes one more size of steps ready; False if all are."""
+        return self._replay.prepare_next()
 
     def prepare(self, grammar: str, eos_token_ids: tuple[int, ...]) -> Future[None]:
         """Compile a grammar, which another process has tried, beside the steps; a row with it finds it made."""

@@ -55,6 +55,17 @@ def host_memory() -> int:
     return min(total, int(limit)) if limit.isdigit() else total
 
 
+def available_memory() -> int:
+    """Bytes of the host's memory that can be had without swapping; 8 GiB where the system does not say."""
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return 8 << 30
+
+
 def physical_cores() -> int:
     """Physical cores among the CPUs that this process may run on (two threads of one core count once)."""
     try:

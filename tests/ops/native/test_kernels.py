@@ -47,8 +47,10 @@ def test_norms(kernels: Of, tokens: int, size: int, dtype: torch.dtype, residual
     x, w, b = randn(tokens, size, dtype=dtype), randn(size, dtype=dtype, seed=1), randn(size, dtype=dtype, seed=2)
     r = randn(tokens, size, dtype=dtype, seed=3) if residual else None
     k = kernels(threads)
+    wide = randn(size, dtype=torch.float32, seed=4)
     pairs = [
         (k.rms_norm(x, r, w, 1e-5), norm.rms_norm(x, r, w, 1e-5)),
+        (k.rms_norm(x, r, wide, 1e-5), norm.rms_norm(x, r, wide, 1e-5)),
         (k.layer_norm(x, r, w, b, 1e-5), norm.layer_norm(x, r, w, b, 1e-5)),
         (k.layer_norm(x, r, None, None, 1e-5), norm.layer_norm(x, r, None, None, 1e-5)),
     ]
@@ -82,18 +84,19 @@ def test_activations_at_the_ends(kernels: Of, kind: str) -> None:
 @EXAMPLES
 @given(
     tokens=st.integers(1, 30), queries=st.integers(1, 6), keys=st.integers(1, 3), half=st.integers(0, 40),
-    rest=st.integers(0, 20), normed=st.booleans(), dtype=DTYPES, int8=st.booleans(), block=st.integers(1, 5),
-    data=st.data(),
+    rest=st.integers(0, 20), normed=st.booleans(), wide_norm=st.booleans(), dtype=DTYPES, int8=st.booleans(),
+    block=st.integers(1, 5), data=st.data(),
 )  # fmt: skip
 def test_heads(
-    kernels: Of, tokens: int, queries: int, keys: int, half: int, rest: int, normed: bool, dtype: torch.dtype,
-    int8: bool, block: int, data: st.DataObject,
+    kernels: Of, tokens: int, queries: int, keys: int, half: int, rest: int, normed: bool, wide_norm: bool,
+    dtype: torch.dtype, int8: bool, block: int, data: st.DataObject,
 ) -> None:  # fmt: skip
     """Head norm, rotation and KV write as one operation, from views of one buffer."""
     size, blocks = max(2 * half + rest, 1), -(-tokens // block) + 2
     wide = randn(tokens, (queries + 2 * keys) * size, dtype=dtype)
     q, k, v = (x.unflatten(-1, (-1, size)) for x in wide.split([queries * size, keys * size, keys * size], -1))
-    norms = [randn(size, dtype=dtype, seed=i) if normed else None for i in (1, 2)]
+    norm_dtype = torch.float32 if wide_norm else dtype
+    norms = [randn(size, dtype=norm_dtype, seed=i) if normed else None for i in (1, 2)]
     turn = (torch.randint(0, 99, (tokens,)), torch.randn(2, 99, half)) if half else (None, None)
     slots = torch.tensor(data.draw(st.permutations(range(blocks * block)))[:tokens])
     slots[torch.tensor(data.draw(st.lists(st.booleans(), min_size=tokens, max_size=tokens)))] = -1
@@ -161,17 +164,20 @@ def test_argmax_is_the_greedy_draw(kernels: Of, rows: int, vocab: int, dtype: to
 
 @EXAMPLES
 @given(tokens=st.integers(1, 20), size=SIZES, dtype=DTYPES)
-def test_gather_and_add(kernels: Of, tokens: int, size: int, dtype: torch.dtype) -> None:
+def test_gather(kernels: Of, tokens: int, size: int, dtype: torch.dtype) -> None:
     table, more = randn(11, size, dtype=dtype), randn(tokens, size, dtype=dtype, seed=1)
     ids = torch.randint(0, 9, (tokens,))
-    out, plus, both = (torch.empty(tokens, size, dtype=dtype) for _ in range(3))
+    out, plus = (torch.empty(tokens, size, dtype=dtype) for _ in range(2))
     pool = kernels(2).pool
     pool.run(program.gather(ids, table, out, tokens, offset=2))
     pool.run(program.gather(ids, table, plus, tokens, offset=2, add_TD=more))
-    pool.run(program.add(out, more, both, tokens))
     assert torch.equal(out, table[ids + 2])
     assert torch.equal(plus, table[ids + 2] + more)
-    assert torch.equal(both, plus)
+    kernel = kernels(2)
+    assert torch.equal(kernel.add(out, more), plus)
+    assert close(kernel.embedding(ids, table, 2, more, 3.5), table[ids + 2] * 3.5 + more, dtype)
+    assert torch.equal(kernel.embedding(ids, table, 2, None, 3.5), table[ids + 2] * 3.5)
+    assert close(kernel.softcap(out * 9, 5.0), torch.tanh(out * 9 / 5.0) * 5.0, dtype)
     ids[0] = 10_000
     pool.run(program.gather(ids, table, out, tokens))
     assert not out[0].any(), "an id beyond the table reads nothing"

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 
 from quire import LLM
+from quire.ops.dispatch import Case, Choice
 from quire.ops.norm import RMS_NORM
 from quire.ops.triton import norm
 from quire.ops.triton.ahead import AHEAD, Ahead, NotAhead, make_ahead
@@ -95,17 +96,27 @@ def test_all_kernels_of_all_sizes_are_foreseen(graphs: Graphs) -> None:
 
 
 def test_where_nothing_can_be_foreseen() -> None:
-    client = make_ahead(ops := _Ops(), torch.bfloat16, torch.device("cpu"))
-    assert isinstance(client, NotAhead) and ops.asked
-    with client:
-        assert AHEAD.get() is None
-    client.foresee(lambda: pytest.fail("it would be run"))
-    client.close()
+    for compiler in (make_ahead(torch.device("cpu")), Ahead(torch.device("cpu")).serves(_Ops("reference"), KV)):
+        assert isinstance(compiler, NotAhead)
+        with compiler:
+            assert AHEAD.get() is None
+        compiler.foresee(lambda: pytest.fail("it would be run"))
+        compiler.close()
+    ahead = Ahead(torch.device("cpu"))
+    assert isinstance(ahead.serves(_Ops("triton"), torch.int8), NotAhead)
+    ahead = Ahead(torch.device("cpu"))
+    assert ahead.serves(_Ops("triton"), KV) is ahead
+    ahead.close()
 
 
-class _Ops:
-    asked = False
+KV = torch.bfloat16
 
-    def report(self) -> list[Any]:
-        self.asked = True
-        return []
+
+class _Ops(Any if TYPE_CHECKING else object):
+    """As if attention were bound to the implementation of this name."""
+
+    def __init__(self, chosen: str) -> None:
+        self._chosen = chosen
+
+    def report(self) -> list[Choice]:
+        return [Choice("attention", Case(torch.device("cpu"), KV), self._chosen, ())]

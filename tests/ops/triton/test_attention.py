@@ -122,11 +122,20 @@ def test_rules(device: torch.device, rows: list[tuple[int, int]], rule: dict[str
         {"heads": 6, "kv_heads": 2, "size": 64, "block": 24},
         {"heads": 20, "kv_heads": 1, "size": 16, "block": 1},
         {"heads": 2, "kv_heads": 2, "size": 256},
+        {"heads": 71, "kv_heads": 1, "size": 64, "dtype": torch.bfloat16},
     ],
     ids=str,
 )
 def test_shapes(device: torch.device, rows: list[tuple[int, int]], shape: dict[str, int]) -> None:
     World(rows, **shape).check(device)
+
+
+@pytest.mark.parametrize("rows", [DECODES, MIXED], ids=["decodes", "mixed"])
+@pytest.mark.parametrize("kv_heads", [1, 4])
+def test_a_cap_a_window_and_wide_heads(device: torch.device, rows: list[tuple[int, int]], kv_heads: int) -> None:
+    """Gemma 2's."""
+    shape: dict[str, Any] = {"heads": 8, "kv_heads": kv_heads, "size": 256, "dtype": torch.bfloat16}
+    World(rows, **shape, window=50).check(device, softcap=5.0)
 
 
 @pytest.mark.parametrize("kv_dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -151,6 +160,14 @@ def test_where_only_the_device_knows_the_counts(
 def test_prompts_of_common_heads(device: torch.device, size: int, window: int | None) -> None:
     rows = [(7, 1), (0, 1), (300, 200), (129, 128), (256, 256), (200, 64)]
     World(rows, size=size, window=window, dtype=torch.bfloat16).check(device)
+
+
+@pytest.mark.parametrize("heads", [2, 4, 32])
+@pytest.mark.parametrize(("dtype", "block"), [(torch.bfloat16, 32), (torch.float16, 16)])
+def test_prompts_of_the_commonest_heads(device: torch.device, dtype: torch.dtype, block: int, heads: int) -> None:
+    """What a kernel for one kind of GPU serves."""
+    rows = [(300, 200), (0, 20), (1, 1), (129, 128), (128, 128)]
+    World(rows, heads=heads, size=128, dtype=dtype, block=block).check(device)
 
 
 def test_long_rows_are_cut_and_put_together(device: torch.device) -> None:
@@ -281,3 +298,27 @@ def test_who_is_packed(device: torch.device) -> None:
     assert step.packs is not None
     counts = step.packs[1].tolist()
     assert counts == [4, 0, 0, 0, 4, 0, 0, 0, 0] and step.packs[0].tolist() == [10] * 8 + [0]
+
+
+@pytest.mark.parametrize("captured", [False, True])
+@pytest.mark.parametrize("window", [None, 300, 1000])
+@pytest.mark.parametrize(
+    "rows", [[(1500, 20)], [(1500, 14), (20, 1), (0, 1), (700, 6)], [(900, 9), (600, 2), (1400, 6), (64, 1)]]
+)
+def test_few_tokens_behind_many(
+    device: torch.device, rows: list[tuple[int, int]], window: int | None, captured: bool
+) -> None:
+    """Tiles of queries that are cut over their keys."""
+    world = World(rows, heads=4, kv_heads=1, window=window)
+    world.check(device, captured)
+    world.check(device, captured, softcap=3.0, slopes_H=torch.tensor([0.5, 0.25, 0.1, 0.05]))
+
+
+@pytest.mark.parametrize("invariant", [False, True])
+def test_which_tiles_are_cut(device: torch.device, invariant: bool) -> None:
+    from quire.ops.triton import attention as module
+
+    world = World([(1500, 20)], heads=4, kv_heads=1)
+    q, kv, table_RP = (x.to(device) for x in (world.q, world.kv, world.group.block_tables_RP))
+    step = module.Step(q, kv, world.meta(device), 0.3, None, None, False, invariant, table_RP)
+    assert (step.tile_work[1].item() > 3) != invariant

@@ -43,11 +43,13 @@ def check_sum(got: Tensor, expected: Tensor) -> None:
 @pytest.mark.parametrize("size", [64, 100, 4096])
 @pytest.mark.parametrize("residual", [False, True])
 def test_norms(device: torch.device, dtype: torch.dtype, size: int, residual: bool) -> None:
+    wide = torch.randn(size, device=device)
     x = torch.randn(5, size + 8, device=device).to(dtype)[:, :size]
     added = torch.randn(5, size, device=device).to(dtype) if residual else None
     weight, bias = torch.randn(2, size, device=device).to(dtype)
     for got, expected in (
         (norm.rms_norm(x, added, weight, 1e-5), norms.rms_norm(x, added, weight, 1e-5)),
+        (norm.rms_norm(x, added, wide, 1e-5), norms.rms_norm(x, added, wide, 1e-5)),
         (norm.layer_norm(x, added, weight, bias, 1e-5), norms.layer_norm(x, added, weight, bias, 1e-5)),
         (norm.layer_norm(x, added, None, None, 1e-5), norms.layer_norm(x, added, None, None, 1e-5)),
     ):
@@ -92,6 +94,8 @@ def test_embedding(device: torch.device, dtype: torch.dtype, size: int) -> None:
     added = torch.randn(7, size, device=device).to(dtype)
     assert torch.equal(embedding.embedding(ids, table, 0), linears.embedding(ids, table, 0))
     check_sum(embedding.embedding(ids, table, 2, added), linears.embedding(ids, table, 2, added))
+    check_sum(embedding.embedding(ids, table, 2, None, 3.5), linears.embedding(ids, table, 2, None, 3.5))
+    check(embedding.embedding(ids, table, 2, added, 3.5), linears.embedding(ids, table, 2, added, 3.5), 4)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -100,9 +104,10 @@ def test_embedding(device: torch.device, dtype: torch.dtype, size: int) -> None:
     [(8, 2, 64, 32, False), (16, 8, 128, 64, True), (3, 3, 80, 16, True), (5, 1, 64, 0, False), (2, 2, 40, 0, True)],
 )
 @pytest.mark.parametrize("stored", [None, torch.float32])
+@pytest.mark.parametrize("wide", [False, True])
 def test_heads(
     device: torch.device, dtype: torch.dtype, query_heads: int, kv_heads: int, size: int, angles: int, normed: bool,
-    stored: torch.dtype | None,
+    stored: torch.dtype | None, wide: bool,
 ) -> None:  # fmt: skip
     tokens, pages, page = 6, 4, 4
     qkv = torch.randn(tokens, (query_heads + 2 * kv_heads) * size, device=device).to(dtype)
@@ -113,7 +118,9 @@ def test_heads(
     slots = torch.tensor([5, 0, -1, 15, 9, -1], device=device)
     positions = torch.tensor([3, 0, 7, 11, 2, 2], device=device)
     table = torch.randn(2, 12, angles, device=device) if angles else None
-    weights = list(torch.randn(2, size, device=device).to(dtype)) if normed else [None, None]
+    weights: list[Tensor | None] = [None, None]
+    if normed:
+        weights = list(torch.randn(2, size, device=device).to(torch.float32 if wide else dtype))
     rest = (positions if angles else None, table, *weights, 1e-6)
     expected = references.heads(q, k, v, expected_kv, slots, *rest)
     got = heads.heads(q, k, v, kv, slots, *rest)

@@ -25,6 +25,7 @@ from quire.ops.norm import rms_norm
 
 # How Transformers' plans for tensor parallelism name the ways to cut a layer.
 SPLITS = {"colwise": "columns", "colwise_rep": "columns", "colwise_gather_output": "columns", "rowwise": "rows"}
+Known = dict[tuple[Any, ...], "float | None"]
 EPS = (1e-3, 1e-12)  # bounds of what may be a norm's epsilon
 
 
@@ -37,15 +38,15 @@ class OwnLinear(Linear):
 
 
 class OwnEmbedding(Embedding):
-    """For ids of any shape; rows times `scale`, a number in the model's dtype."""
+    """For ids of any shape; rows times `factor`, a number in the model's dtype."""
 
-    def __init__(self, count: int, size: int, scale: float = 1.0, split: str | None = None) -> None:
+    def __init__(self, count: int, size: int, factor: float = 1.0, split: str | None = None) -> None:
         super().__init__(count, size, split=split)
-        self.num_embeddings, self.embedding_dim, self.scale = count, size, scale
+        self.num_embeddings, self.embedding_dim, self.factor = count, size, factor
 
     def forward(self, ids: Tensor, add_TD: Tensor | None = None) -> Tensor:  # type: ignore[override]
         rows_TD = super().forward(ids.reshape(-1), add_TD).view(*ids.shape, -1)
-        return rows_TD if self.scale == 1.0 else rows_TD * self.scale
+        return rows_TD if self.factor == 1.0 else rows_TD * self.factor
 
 
 class OwnRMSNorm(RMSNorm):
@@ -62,7 +63,7 @@ def replace_leaves(model: nn.Module, plan: Mapping[str, str], vocab: int) -> Non
     """Replaces the leaves of `model` (its body). `plan`: patterns of paths -> how Transformers would cut the layer."""
     made: dict[int, SlotModule] = {}  # of a module in two places, one layer
     owned: set[int] = set()
-    norms: dict[tuple[Any, ...], float | None] = {}
+    norms: Known = {}
     for path, module in list(model.named_modules(remove_duplicate=False)):
         if not path or any(True for _ in module.children()):
             continue
@@ -93,9 +94,7 @@ def split_of(path: str, plan: Mapping[str, str]) -> str | None:
     return None
 
 
-def _replacement(
-    path: str, module: nn.Module, plan: Mapping[str, str], vocab: int, norms: dict[tuple[Any, ...], float | None]
-) -> SlotModule | None:
+def _replacement(path: str, module: nn.Module, plan: Mapping[str, str], vocab: int, norms: Known) -> SlotModule | None:
     kind: Any = type(module)
     if isinstance(module, nn.Linear) and kind.forward is nn.Linear.forward:
         outputs, inputs = module.weight.shape
@@ -144,10 +143,15 @@ def embedding_scale(module: nn.Embedding) -> float | None:
     return scale if torch.allclose(out, F.embedding(ids, table) * scale, rtol=1e-6) else None
 
 
-@torch.no_grad()
-def _rms_norm(module: nn.Module, known: dict[tuple[Any, ...], float | None]) -> SlotModule | None:
-    """A module with one vector of weights, if it gives RMSNorm's numbers in float32 and its order of roundings in
-    bfloat16."""
+def _rms_norm(module: nn.Module, known: Known) -> SlotModule | None:
+    eps = rms_eps(module, known)
+    weight: Any = getattr(module, "weight", None)
+    return None if eps is None else OwnRMSNorm(weight.shape[0], eps)
+
+
+def rms_eps(module: nn.Module, known: Known) -> float | None:
+    """The epsilon of a module with one vector of weights, if it gives RMSNorm's numbers in float32 and its order of
+    roundings in bfloat16; None for anything else. `known`: what was found of modules alike."""
     parameters = dict(module.named_parameters(recurse=False))
     if list(parameters) != ["weight"] or parameters["weight"].dim() != 1:
         return None
@@ -157,12 +161,12 @@ def _rms_norm(module: nn.Module, known: dict[tuple[Any, ...], float | None]) -> 
     floats = tuple(sorted({v for v in vars(module).values() if isinstance(v, float) and EPS[1] <= v <= EPS[0]}))
     key = (type(module), size, floats)
     if key not in known:
-        known[key] = _rms_eps(module, size, floats)
-    eps = known[key]
-    return None if eps is None else OwnRMSNorm(size, eps)
+        known[key] = _tried_eps(module, size, floats)
+    return known[key]
 
 
-def _rms_eps(module: nn.Module, size: int, candidates: tuple[float, ...]) -> float | None:
+@torch.no_grad()
+def _tried_eps(module: nn.Module, size: int, candidates: tuple[float, ...]) -> float | None:
     random = torch.Generator().manual_seed(0)
     weight = torch.randn(size, generator=random) + 0.5
     x = torch.randn((1, 6, size), generator=random)

@@ -18,11 +18,13 @@ from quire.config.schema import Config
 from quire.layers.linear import LMHead
 from quire.layers.slots import SlotModule
 from quire.layers.step import Step
+from quire.models.base import Decoder
 from quire.models.transformers import proof
 from quire.models.transformers.build import build
 from quire.models.transformers.checkpoint import Names
 from quire.models.transformers.hook import PAGED, RUN, PagedAttention, install
 from quire.models.transformers.leaves import own_slots, replace_leaves
+from quire.models.transformers.likeness import likeness
 from quire.ops.dispatch import Binder
 from quire.types.errors import ClientError
 
@@ -59,24 +61,34 @@ class TransformersForCausalLM(SlotModule):
         self.prefix, body, head_name, head = _parts(whole)
         names = Names(whole)
         self.rename, self.translate = names.rename, names.translate
+        table = whole.get_input_embeddings()
+        embedding = next(path for path, module in body.named_modules() if module is table)
         whole.config._attn_implementation = RUN
         self._slot = install(body)
-        table = whole.get_input_embeddings()
+        self._trial = proof.Model(self.prefix, body, whole.config, self._slot, arch)
+        rules = self._early(config)
+        native = None if rules is None else likeness(whole, self.prefix, body, arch, list(rules.values()))
         self._logits = LogitsRule(whole, self.prefix, body, head_name, head)
-        tied = table.weight is head.weight
-        path = next(path for path, module in body.named_modules() if module is table)
-        self._body = (body,)  # in a tuple: the tree has it under its own name, which a checkpoint may choose freely
-        plan = getattr(whole.config.get_text_config(decoder=True), "base_model_tp_plan", None) or {}
-        replace_leaves(body, plan, arch.vocab_size)
-        self.add_module(self.prefix, body)
+        text = (
+            "in quire's blocks, which compute the same" if native is not None else "with quire's attention and layers"
+        )
+        log.info("%s runs from Transformers' code, %s", type(whole).__name__, text)
+        if native is None:
+            plan = getattr(whole.config.get_text_config(decoder=True), "base_model_tp_plan", None) or {}
+            replace_leaves(body, plan, arch.vocab_size)
+        shown = body if native is None else native
+        self.add_module(self.prefix, shown)
         outputs, inputs = head.weight.shape
         self._head_name = head_name
-        self.add_module(
-            head_name, OwnHead(inputs, outputs, body.get_submodule(path) if tied else None, head.bias is not None)
-        )
+        tied = shown.get_submodule(embedding) if table.weight is head.weight else None
+        self.add_module(head_name, OwnHead(inputs, outputs, tied, head.bias is not None))
         own_slots(self)
-        self._trial = proof.Model(self.prefix, body, whole.config, self._slot, arch)
-        self._refuse_early(config)
+
+    @property
+    def native(self) -> Decoder | None:
+        """quire's blocks, where they take the place of the model's own code."""
+        body = self._modules[self.prefix]
+        return body if isinstance(body, Decoder) else None
 
     @property
     def head(self) -> OwnHead:
@@ -86,6 +98,8 @@ class TransformersForCausalLM(SlotModule):
 
     def forward(self, tokens_T: Tensor, positions_T: Tensor, step: Step) -> Tensor:
         """Token ids and positions of the ragged batch -> hidden states (T, D)."""
+        if (native := self.native) is not None:
+            return native(tokens_T, positions_T, step)
         slot = self._slot
         slot.step, slot.positions_T = step, positions_T
         try:
@@ -101,27 +115,29 @@ class TransformersForCausalLM(SlotModule):
         """Computed buffers follow the weights."""
         for module in self.modules():
             for name, buffer in list(module.named_buffers(recurse=False)):
-                setattr(module, name, buffer.to(device))
+                if buffer.device.type != "meta":  # those of quire's own layers are made by them
+                    setattr(module, name, buffer.to(device))
 
-    def _refuse_early(self, config: Config) -> None:
-        """Before weights are read, as far as shapes alone tell."""
-        meta = torch.device("meta")
-        buffers = [(m, n, b) for m in self.modules() for n, b in m.named_buffers(recurse=False)]
+    def _early(self, config: Config) -> dict[nn.Module, proof.Rule] | None:
+        """The rules of the layers before weights are read, as far as shapes alone tell them."""
+        meta, body = torch.device("meta"), self._trial.body
+        buffers = [(m, n, b) for m in body.modules() for n, b in m.named_buffers(recurse=False)]
         for module, name, buffer in buffers:
             setattr(module, name, buffer.to(meta))
         try:
             with torch.inference_mode():
-                self._examine(meta, config)
+                return self._examine(meta, config)
         except ClientError:
             raise
         except Exception as error:  # its code looks at numbers: then the trial waits for the weights
             log.debug("shapes alone do not tell how %s attends: %s", self.arch.architecture, error)
+            return None
         finally:
             for module, name, buffer in buffers:
                 setattr(module, name, buffer)
 
     def _examine(self, device: torch.device, config: Config) -> dict[nn.Module, proof.Rule]:
-        freeze_rotary(self._body[0], config.model.max_model_len)
+        freeze_rotary(self._trial.body, config.model.max_model_len)
         rules = proof.facts(self._trial, device)
         proof.check_windows(list(rules.values()), self.arch, config.model.max_model_len)
         return rules
@@ -129,6 +145,8 @@ class TransformersForCausalLM(SlotModule):
     @torch.inference_mode()
     def prove(self, config: Config, device: torch.device, dtype: torch.dtype, ops: Binder) -> None:
         """Gives each layer its attention, then tries the whole. Raises `ClientError` for what would be wrong."""
+        if self.native is not None:
+            return
         try:
             for layer, (module, rule) in enumerate(self._examine(device, config).items()):
                 module.add_module(PAGED, paged := paged_attention(self.arch, layer, rule))

@@ -7,6 +7,7 @@ attention gives what the model's own does. Shape legend: T tokens, D hidden, H h
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -62,8 +63,8 @@ class Model:
         self.body, self.config, self.slot, self.arch = body, config, slot, arch
         self.paths = {module: f"{prefix}.{path}" for path, module in body.named_modules()}
 
-    def run(self, tokens_T: Tensor, positions_T: Tensor) -> Tensor:
-        out = self.body(input_ids=tokens_T[None], position_ids=positions_T[None], use_cache=False)
+    def run(self, tokens_T: Tensor, positions_T: Tensor, **more: Tensor) -> Tensor:
+        out = self.body(input_ids=tokens_T[None], position_ids=positions_T[None], use_cache=False, **more)
         hidden = out[0] if isinstance(out, tuple) else out.last_hidden_state
         return hidden[0]
 
@@ -90,8 +91,12 @@ def facts(model: Model, device: torch.device) -> dict[nn.Module, Rule]:
         return v.new_zeros((1, q.shape[2], q.shape[1], v.shape[-1]))
 
     tokens_T = torch.arange(TOKENS, device=device) % model.arch.vocab_size
+    # Without padding to look at, Transformers would look for several sequences among the positions, by their numbers.
+    more = {}
+    if "attention_mask" in inspect.signature(model.body.forward).parameters:
+        more = {"attention_mask": torch.ones((1, TOKENS), dtype=torch.long, device=device)}
     with model.attending(PROBE, note):
-        model.run(tokens_T, torch.arange(TOKENS, device=device))
+        model.run(tokens_T, torch.arange(TOKENS, device=device), **more)
     layers = model.arch.num_layers
     if len(rules) != layers:
         raise Refused(*_without_attention(model, rules, layers))
@@ -167,9 +172,9 @@ def window_of(path: str, module: nn.Module, mask: Any, kwargs: dict[str, Any], m
         q, back = (x.flatten() for x in torch.meshgrid(queries, edge, indexing="ij"))
         q, back = q[back <= q], back[back <= q]
         seen = _ask(rule, q, q - back)
-    except Refused:
-        raise
     except Exception as error:
+        if mask.device.type == "meta":
+            raise  # it looks at tensors of the step, which have no numbers yet
         raise Refused(path, f"asks for a mask that cannot be read ({error})") from error
     expected = (back >= 0) & (back < window) if window is not None else back >= 0
     if not torch.equal(seen, expected):

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from quire.ops import heads as heads_reference
 from quire.ops import linear as references
-from quire.ops import sampling
+from quire.ops import moe, sampling
 from quire.ops.attention import reference
 from quire.ops.attention.meta import AttentionMeta, GroupMeta
 from quire.ops.cache import copy_pages
@@ -68,6 +68,11 @@ def supports_linear(case: Case) -> str | None:
 
 def supports_gated_linear(case: Case) -> str | None:
     return supports_linear(case) or supports_activation(case)
+
+
+def supports_moe(case: Case) -> str | None:
+    """One linear layer after the other, for each expert that has tokens."""
+    return (supports_linear if case.shapes.get("bits") is None else refusal)(case) or supports_activation(case)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -205,8 +210,7 @@ class Kernels:
         return out_THE
 
     def linear(self, x: Tensor, weight_NK: Tensor, bias_N: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:
-        many = weight_NK.dtype == torch.bfloat16 and x.shape[:-1].numel() > self.few
-        if many or weight_NK.stride(1) != 1 or x.numel() == 0:
+        if not self._serves_linear(x, weight_NK):
             return references.linear(x, weight_NK, bias_N, dtype)
         x_TK = _rows(x.flatten(0, -2))
         out_TN = self.empty((x_TK.shape[0], weight_NK.shape[0]), dtype or x.dtype)
@@ -214,7 +218,39 @@ class Kernels:
         return out_TN.view(*x.shape[:-1], weight_NK.shape[0])
 
     def gated_linear(self, x: Tensor, weight_NK: Tensor, bias_N: Tensor | None, kind: str) -> Tensor:
-        return self.gated_activation(self.linear(x, weight_NK, bias_N), kind)
+        """One operation, which rounds the activation's result alone."""
+        if not self._serves_linear(x, weight_NK):
+            return self.gated_activation(references.linear(x, weight_NK, bias_N), kind)
+        x_TK, outputs = _rows(x.flatten(0, -2)), weight_NK.shape[0] // 2
+        out_TN = self.empty((x_TK.shape[0], outputs), x.dtype)
+        self.pool.run(program.linear(x_TK, weight_NK, bias_N, out_TN, self.count(x_TK.shape[0]), kind, True))
+        return out_TN.view(*x.shape[:-1], outputs)
+
+    def _serves_linear(self, x: Tensor, weight_NK: Tensor) -> bool:
+        many = weight_NK.dtype == torch.bfloat16 and x.shape[:-1].numel() > self.few
+        return not many and weight_NK.stride(1) == 1 and x.numel() > 0
+
+    def moe(
+        self,
+        x_TD: Tensor,
+        logits_TE: Tensor,
+        gate_up: Tensor | QuantizedWeight,
+        down: Tensor | QuantizedWeight,
+        top_k: int,
+        normalised: bool,
+        kind: str,
+    ) -> Tensor:
+        experts = logits_TE.shape[-1]
+
+        def product(x: Tensor, weight: Tensor | QuantizedWeight) -> Tensor:
+            of = self.linear if isinstance(weight, Tensor) else self.quantized_linear
+            return of(x, weight, None)  # pyright: ignore[reportArgumentType]
+
+        def block(x_ND: Tensor, expert: int) -> Tensor:
+            hidden_NF = self.gated_activation(product(x_ND, moe.part(gate_up, expert, experts)), kind)
+            return product(hidden_NF, moe.part(down, expert, experts))
+
+        return moe.by_expert(x_TD, *moe.route(logits_TE, top_k, normalised), experts, block)
 
     def embedding(
         self, ids_T: Tensor, table_VD: Tensor, offset: int, add_TD: Tensor | None = None, scale: float = 1.0

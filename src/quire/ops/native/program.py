@@ -20,7 +20,7 @@ from quire.ops.native.library import Dims, Operation, Pool
 if TYPE_CHECKING:
     from quire.ops.linear import QuantizedWeight
 
-NOP, LINEAR, RMS_NORM, LAYER_NORM, ACTIVATION, GATHER, ADD, HEADS, ATTENTION, ARGMAX, LINEAR_Q, SAMPLE = range(12)
+NOP, LINEAR, RMS_NORM, LAYER_NORM, ACTIVATION, GATHER, SAMPLE, HEADS, ATTENTION, ARGMAX, LINEAR_Q, ADD = range(12)
 GATED, SOLO, WIDE = 1 << 16, 1 << 17, 1 << 18
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 INT8 = 3
@@ -169,8 +169,7 @@ def add(a_TD: Tensor, b_TD: Tensor, out_TD: Tensor, tokens: int) -> Operation:
 def heads(
     q_THE: Tensor | None, k_TKE: Tensor | None, v_TKE: Tensor | None, tokens: int, *, table_2LF: Tensor | None = None,
     positions_T: Tensor | None = None, slots_T: Tensor | None = None, kv: Tensor | None = None,
-    q_out_THE: Tensor | None = None, k_out_TKE: Tensor | None = None, q_norm_E: Tensor | None = None,
-    k_norm_E: Tensor | None = None, eps: float = 0.0,
+    q_out_THE: Tensor | None = None, q_norm_E: Tensor | None = None, k_norm_E: Tensor | None = None, eps: float = 0.0,
 ) -> Operation:  # fmt: skip
     """Head norm, rotation and KV write, each where its tensors are given. `kv`: (2, N, B, K, E), or in int8 as
     `ops.cache` says."""
@@ -179,9 +178,9 @@ def heads(
     h_kv = next((x.shape[1] for x in (k_TKE, v_TKE) if x is not None), 0)
     length, half = (0, 0) if table_2LF is None else table_2LF.shape[1:]
     ints = (tokens, h_q, h_kv, some.shape[2], half, length, stride(q_THE), stride(k_TKE), stride(v_TKE),
-            stride(q_out_THE), stride(k_out_TKE), *((0, 0) if kv is None else kv.stride()[2:4]))  # fmt: skip
+            stride(q_out_THE), *((0, 0) if kv is None else kv.stride()[2:4]))  # fmt: skip
     keys, values = (None, None) if kv is None else (kv[0], kv[1])
-    pointers = (q_THE, k_TKE, v_TKE, table_2LF, positions_T, slots_T, keys, values, q_out_THE, k_out_TKE, q_norm_E,
+    pointers = (q_THE, k_TKE, v_TKE, table_2LF, positions_T, slots_T, keys, values, q_out_THE, q_norm_E,
                 k_norm_E)  # fmt: skip
     flags = TYPES[some.dtype] | _cache(kv) | _wide(q_norm_E, some) | _small(tokens, (h_q + 2 * h_kv) * some.shape[2])
     return make(HEADS, flags, pointers, ints, (eps,))

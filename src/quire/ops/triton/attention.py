@@ -2,9 +2,10 @@
 
 Owns: what a step makes once and its layers share (kept in `AttentionMeta.scratch`): lists of work, room for partial
 results, the choice of kernels. "triton": rows of few tokens (decodes, drafts) are cut over their keys
-(`attention_split.py`), the others go by tiles of queries (`attention_tiles.py`); where the host does not know the
-counts (a captured graph of mixed rows), both run and the device decides. "invariant": all rows go by tiles of one
-shape, so that the bits of a token do not depend on how its row was cut into steps either.
+(`attention_split.py`), the others go by tiles of queries (`attention_tiles.py`, or `attention_hopper.py` where it
+serves the layer and the host knows the counts); where it does not (a captured graph of mixed rows), both run and the
+device decides. "invariant": all rows go by tiles of one shape, so that the bits of a token do not depend on how its row
+was cut into steps either.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from functools import cache
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 
 from quire.ops.attention import reference
@@ -23,10 +25,11 @@ from quire.ops.triton.attention_shared import LEAST, MEMBERS, find_leaders, form
 from quire.ops.triton.attention_split import split_attention
 from quire.ops.triton.attention_tiles import tile_attention
 from quire.ops.triton.attention_work import ITEM, split_items, tile_items
-from quire.ops.triton.launch import power
+from quire.ops.triton.launch import INTERPRETED, power
 
 _LOG2E = 1.4426950408889634
 _PACKED_BYTES = 96 << 20  # for partial results of packed rows: so many rows may be packed
+_PART = 4  # tiles of keys, at least, of a part of a tile of queries that is cut over its keys
 _SHARING = 256  # rows of few tokens of a step where some are packed, at most: the kernel for more has no memory left
 
 
@@ -77,8 +80,8 @@ def tile_shape(bytes_of_key: int, exact: bool, rows: int) -> TileShape:
     """`rows`: tokens x heads of the longest row.
 
     Measured on an H200, 2026-11-20: two programs of 128 registers a thread share a multiprocessor; one computes weights
-    while the other's products are under way. One program with a schedule of its own (in Gluon) reached 0.82 of that;
-    cuDNN 1.09 over gathered keys, but it plans each new length for up to 0.9 s.
+    while the other's products are under way. That gives 487 TFLOP/s for a prompt of 8,192 tokens of 8B;
+    `attention_hopper.py` 652, cuDNN 609 over gathered keys, with a plan of 0.05 s for each new length.
     """
     if exact:
         return _exact_shape(bytes_of_key)
@@ -106,6 +109,14 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
+@cache
+def _hopper(device: torch.device, size: int, block: int, group: int) -> bool:
+    """Whether `attention_hopper.py` serves such layers: it is written for one version of an experimental language."""
+    if INTERPRETED or device.type != "cuda" or not triton.__version__.startswith("3.6."):
+        return False
+    return torch.cuda.get_device_capability(device)[0] == 9 and size == 128 and block in (16, 32) and 64 % group == 0
+
+
 class Step:
     """What the layers of one kind share in a step. Shape legend: R rows, K KV heads, G query heads of a KV head."""
 
@@ -130,7 +141,7 @@ class Step:
             softcap is not None, slopes,
         )  # fmt: skip
         self.window, self.windowed = window or 0, window is not None
-        self.split = self.tiles = self.packs = None
+        self.split = self.tiles = self.packs = self.hopper = None
         q_lens = [1] * len(meta.lengths_R) if meta.q_lens is None and meta.max_q == 1 else meta.q_lens
         short = len(meta.lengths_R) if q_lens is None else sum(count <= few for count in q_lens)
         if short and few:
@@ -141,29 +152,46 @@ class Step:
                 table_RP if plain else None,
             )  # fmt: skip
         if q_lens is None or short < len(q_lens):
-            longest = group * (meta.max_q if q_lens is None else max(q_lens))
-            shape = invariant_shape(bytes_of_key, exact) if invariant else tile_shape(bytes_of_key, exact, longest)
-            self._plan_tiles(meta, tokens, q_lens, few, kv_heads, max(shape.rows, power(group)), shape, common)
+            if invariant:
+                shape, cut = invariant_shape(bytes_of_key, exact), False
+            else:
+                plain = window is None and softcap is None and not slopes and not exact and q_lens is not None
+                hopper = plain and _hopper(kv.device, size, block, group)
+                shape, cut = _tiling(meta, tokens, q_lens, few, heads, kv_heads, bytes_of_key, exact, hopper)
+                if hopper and not cut:
+                    self.hopper = (*strides, rule[0], heads, kv_heads, size, block, shape.keys, shape.stages)
+            height = max(shape.rows, power(group))
+            self._plan_tiles(meta, tokens, q_lens, few, kv_heads, height, shape, common, cut)
 
     def _plan_tiles(
         self, meta: AttentionMeta, tokens: int, q_lens: Sequence[int] | None, few: int, kv_heads: int, height: int,
-        shape: TileShape, common: tuple[Any, ...],
+        shape: TileShape, common: tuple[Any, ...], cut: bool,
     ) -> None:  # fmt: skip
         device = meta.lengths_R.device
         rows = len(meta.lengths_R)
         queries = height * kv_heads // common[4]
-        if q_lens is None:
-            tiles = min(tokens // (few + 1), rows) + tokens // queries
-            programs = min(tiles * kv_heads, _multiprocessors(device) * shape.programs)
-        else:
-            tiles = sum(-(-count // queries) for count in q_lens if count > few)
-            programs = tiles * kv_heads
+        every = _multiprocessors(device) * shape.programs
+        tiles = _tiles(meta, tokens, q_lens, few, queries)
+        work: tuple[Tensor | None, ...] = (None, None, None)
+        if cut:
+            tiles += every // kv_heads
+            arrived = torch.empty(tiles * kv_heads, dtype=torch.int32, device=device)
+            sums = torch.empty(tiles * kv_heads * height * common[7], dtype=torch.float32, device=device)
+            tops = torch.empty(tiles * kv_heads * height * 2, dtype=torch.float32, device=device)
+            work = (arrived, sums, tops)
         items = torch.empty((max(1, tiles), ITEM), dtype=torch.int32, device=device)
         head = torch.empty(1, dtype=torch.int32, device=device)
-        tile_items((rows, 1, 1), (meta.cu_q, meta.lengths_R, items, head), (rows,), (few, queries))
+        tile_items(
+            (rows, 1, 1),
+            (meta.cu_q, meta.lengths_R, items, head, work[0]),
+            (rows, self.window, every),
+            (few, queries, kv_heads, power(kv_heads), shape.keys, _PART, self.windowed, cut),
+        )
+        alone = q_lens is not None and not cut and self.hopper is None  # a program for each item
+        programs = tiles * kv_heads if alone else min(tiles * kv_heads, every)
         self.tiles = tile_attention
-        self.tile_grid, self.tile_work, self.tile_shape = (max(1, programs), 1, 1), (items, head), shape
-        self.tile_constants = (*common, height, shape.keys, shape.stages)
+        self.tile_grid, self.tile_work, self.tile_shape = (max(1, programs), 1, 1), (items, head, *work), shape
+        self.tile_constants = (*common, cut, height, shape.keys, shape.stages)
 
     def _plan_split(
         self, meta: AttentionMeta, short: int, few: int, queries: int, heads: int, kv_heads: int, padded: int,
@@ -233,12 +261,46 @@ class Step:
                 self.split_grid, (*tensors, *self.split_work), (*sizes, *self.ranges), self.split_constants,
                 shape.warps, registers=shape.registers,
             )  # fmt: skip
-        if self.tiles is not None:
+        if self.hopper is not None:
+            from quire.ops.triton.attention_hopper import hopper_attention, pages_of
+
+            hopper_attention(
+                self.tile_grid, (q_THE, table_RP, out_THE, *self.tile_work[:2]),
+                (table_RP.stride(0), kv.shape[1] * kv.shape[2]), self.hopper, self.tile_shape.warps,
+                tiles=(pages_of(kv, kv.shape[2]),),
+            )  # fmt: skip
+        elif self.tiles is not None:
             shape = self.tile_shape
             self.tiles(
                 self.tile_grid, (*tensors, *self.tile_work), sizes, self.tile_constants, shape.warps,
                 registers=shape.registers,
             )  # fmt: skip
+
+
+def _tiles(meta: AttentionMeta, tokens: int, q_lens: Sequence[int] | None, few: int, queries: int) -> int:
+    """Tiles of so many queries that rows of more than `few` tokens fill, at most."""
+    if q_lens is None:
+        return min(tokens // (few + 1), len(meta.lengths_R)) + tokens // queries
+    return sum(-(-count // queries) for count in q_lens if count > few)
+
+
+def _tiling(
+    meta: AttentionMeta, tokens: int, q_lens: Sequence[int] | None, few: int, heads: int, kv_heads: int,
+    bytes_of_key: int, exact: bool, hopper: bool,
+) -> tuple[TileShape, bool]:  # fmt: skip
+    """The shape of tiles, and whether they may be cut over their keys: where they are few, and the rows may be long.
+    `hopper`: whether that kernel may be taken; it is, unless its tiles leave too many multiprocessors idle."""
+    group, multiprocessors = heads // kv_heads, _multiprocessors(meta.lengths_R.device)
+    small = tile_shape(bytes_of_key, exact, 0)
+    if meta.max_len >= 2 * _PART * small.keys and not (
+        hopper and _tiles(meta, tokens, q_lens, few, 128 // group) * kv_heads * 3 >= multiprocessors * 2
+    ):
+        tiles = _tiles(meta, tokens, q_lens, few, max(1, small.rows // group))
+        if tiles * kv_heads <= multiprocessors * small.programs:
+            return small, True
+    if hopper:
+        return TileShape(128, 128, 4, 2, 1), False
+    return tile_shape(bytes_of_key, exact, group * (meta.max_q if q_lens is None else max(q_lens))), False
 
 
 def attention(
@@ -251,9 +313,10 @@ def attention(
     softcap: float | None = None,
     slopes_H: Tensor | None = None,
 ) -> Tensor:
-    """See `quire.ops.attention.reference`. The bits of a row depend on the row and on how many of its tokens the step
-    computes, not on the other rows. `scale` must be positive; the numbers of a head lie side by side. Keys and
-    values in int8 are left to the reference."""
+    """See `quire.ops.attention.reference`. The bits of a row of few tokens depend on the row and on how many of its
+    tokens the step computes, not on the other rows; where some tokens more stand behind many, the step's other rows
+    decide in how many parts their keys are cut. `scale` must be positive; the numbers of a head lie side by side. Keys
+    and values in int8 are left to the reference."""
     return _attend(q_THE, kv, group, meta, scale, window, softcap, slopes_H, False)
 
 

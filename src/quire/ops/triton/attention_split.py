@@ -208,22 +208,23 @@ def split_attention(
             if SHARING:
                 _arrive(
                     out_ptr, parts_ptr, tops_ptr, item_ptr, arrived_ptr, slots_ptr, packed, row.to(tl.int32), token,
-                    count, slot_0, slots, runs, step, head, H, K, E, EP, ROWS,
+                    count, slot_0, slots, runs, step, head, H, K, E, EP, M, ROWS,
                 )  # fmt: skip
             else:
                 counter_ptr = arrived_ptr + row * K + head
                 if tl.atomic_add(counter_ptr, 1, sem="acq_rel") == runs - 1:
                     tl.store(counter_ptr, 0)
+                    i = tl.arange(0, ROWS)
                     _finish(
-                        out_ptr, parts_ptr, tops_ptr, slot_0, slots, step, head, token, count * G,
-                        H, K, E, EP, ROWS,
+                        out_ptr, parts_ptr, tops_ptr, slot_0 + i // G, tl.where(i < count * G, slots, 0), slots, step,
+                        head, token + i // G, H, K, E, EP, ROWS, 8,
                     )  # fmt: skip
 
 
 @triton.jit
 def _arrive(
     out_ptr, parts_ptr, tops_ptr, item_ptr, arrived_ptr, slots_ptr, packed, row, token, count, slot, slots, runs, step,
-    head, H: tl.constexpr, K: tl.constexpr, E: tl.constexpr, EP: tl.constexpr, ROWS: tl.constexpr,
+    head, H: tl.constexpr, K: tl.constexpr, E: tl.constexpr, EP: tl.constexpr, M: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Counts a run for its row, or for all rows of its pack, and finishes those that it was the last for."""
     G: tl.constexpr = H // K
@@ -236,47 +237,55 @@ def _arrive(
     done = (t < several) & (tl.atomic_add(counter_ptr, 1, mask=t < several, sem="acq_rel") == runs_t - 1)
     tl.store(counter_ptr, tl.zeros((_THREADS,), tl.int32), mask=done)
     bits = tl.sum(tl.where(done, 1 << (t % _MEMBERS), 0))
-    if bits > 0:
-        for i in range(0, several):
-            if (bits >> i) & 1 == 1:
-                which = tl.load(item_ptr + 16 + _MEMBERS + i, mask=packed, other=0)
-                slot_i = tl.where(packed, tl.load(slots_ptr + which * 4, mask=packed, other=0), slot)
-                slots_i = tl.where(packed, tl.load(slots_ptr + which * 4 + 1, mask=packed, other=0), slots)
-                token_i = tl.where(packed, tl.load(item_ptr + 16 + i, mask=packed, other=0), token)
-                _finish(
-                    out_ptr, parts_ptr, tops_ptr, slot_i, slots_i, step, head, token_i.to(tl.int64),
-                    tl.where(packed, 1, count) * G, H, K, E, EP, ROWS,
-                )  # fmt: skip
+    if bits != 0:
+        if packed:
+            part = tl.arange(0, M) // G
+            last = (part < count) & ((bits >> part) % 2 == 1)
+            member = tl.load(item_ptr + 16 + _MEMBERS + part, mask=last, other=0)
+            token_m = tl.load(item_ptr + 16 + part, mask=last, other=0)
+            slot_m = tl.load(slots_ptr + member * 4, mask=last, other=0)
+            slots_m = tl.load(slots_ptr + member * 4 + 1, mask=last, other=0)
+            _finish(
+                out_ptr, parts_ptr, tops_ptr, slot_m, slots_m, tl.max(slots_m), step, head, token_m.to(tl.int64),
+                H, K, E, EP, M, 4,
+            )  # fmt: skip
+        else:
+            i = tl.arange(0, ROWS)
+            _finish(
+                out_ptr, parts_ptr, tops_ptr, slot + i // G, tl.where(i < count * G, slots, 0), slots, step, head,
+                token + i // G, H, K, E, EP, ROWS, 8,
+            )  # fmt: skip
 
 
 @triton.jit
 def _finish(
-    out_ptr, parts_ptr, tops_ptr, slot, slots, step, head, token, count,
-    H: tl.constexpr, K: tl.constexpr, E: tl.constexpr, EP: tl.constexpr, ROWS: tl.constexpr,
+    out_ptr, parts_ptr, tops_ptr, slot, slots, most, step, head, token,
+    H: tl.constexpr, K: tl.constexpr, E: tl.constexpr, EP: tl.constexpr, ROWS: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
-    """Folds a row's partial results in order. Eight are asked for at once; other programs wrote them, so past the first
-    cache."""
+    """Folds the `slots` partial results of each row (0: not this one) in order, from `slot` on. Some are asked for at
+    once; other programs wrote them, so past the first cache."""
     G: tl.constexpr = H // K
     rows = tl.arange(0, ROWS)
     e = tl.arange(0, EP)
-    own = rows < count
     m = tl.full((ROWS,), float("-inf"), tl.float32)
     norm = tl.zeros((ROWS,), tl.float32)
     acc = tl.zeros((ROWS, EP), tl.float32)
-    for x in range(0, slots, 8):
+    for x in range(0, most, AT_ONCE):
         tops, totals, sums = (), (), ()
-        for y in tl.static_range(8):
-            there = own & (x + y < slots)
-            place = (slot + rows // G).to(tl.int64) * K + (x + y) * step + head
+        for y in tl.static_range(AT_ONCE):
+            there = x + y < slots
+            place = slot.to(tl.int64) * K + (x + y) * step + head
             top_ptr = tops_ptr + place * (2 * G) + rows % G
             part_ptr = parts_ptr + (place * G + rows % G)[:, None] * EP + e[None, :]
             tops += (tl.load(top_ptr, mask=there, other=float("-inf"), cache_modifier=".cg"),)
             totals += (tl.load(top_ptr + G, mask=there, other=0.0, cache_modifier=".cg"),)
             sums += (tl.load(part_ptr, mask=there[:, None], other=0.0, cache_modifier=".cg"),)
-        for y in tl.static_range(8):
+        for y in tl.static_range(AT_ONCE):
             m, norm, acc = fold(m, norm, acc, tops[y], totals[y], sums[y])
     out = acc / tl.where(norm == 0.0, 1.0, norm)[:, None]
-    out_at = (token + rows // G) * (H * E) + (head * G + rows % G) * E
+    out_at = token * (H * E) + (head * G + rows % G) * E
     tl.store(
-        out_ptr + out_at[:, None] + e[None, :], out.to(out_ptr.dtype.element_ty), mask=own[:, None] & (e < E)[None, :]
+        out_ptr + out_at[:, None] + e[None, :],
+        out.to(out_ptr.dtype.element_ty),
+        mask=(slots > 0)[:, None] & (e < E)[None, :],
     )

@@ -1,9 +1,9 @@
 # pyright: reportAssignmentType=false, reportOperatorIssue=false
 """Attention of rows of many tokens over pages: tiles of queries, all query heads of a KV head together.
 
-Owns: the kernel that computes the items of `attention_work.tile_items`. A query's result depends on its row's keys
-alone, not on the tile that it is in, nor on how the prompt was cut into steps: tiles of keys start at multiples of N,
-and what a query does not see changes nothing.
+Owns: the kernel that computes the items of `attention_work.tile_items`. Unless its keys are cut, a query's result
+depends on its row's keys alone, not on the tile that it is in, nor on how the prompt was cut into steps: tiles of keys
+start at multiples of N, and what a query does not see changes nothing.
 Shape legend: M rows of a tile (tokens x G query heads, filled up), N keys of a tile, E head size, B tokens of a block.
 """
 
@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from quire.ops.triton.attention_split import bent, pages_of, weigh
+from quire.ops.triton.attention_split import bent, fold, pages_of, weigh
 from quire.ops.triton.attention_work import ITEM
 from quire.ops.triton.launch import Kernel, release, wait
 
@@ -60,14 +60,15 @@ def _sweep(
 
 @Kernel
 def tile_attention(
-    q_ptr, kv_ptr, table_ptr, slopes_ptr, out_ptr, items_ptr, head_ptr, TABLE, WINDOW, PAGES,
-    q_token: tl.constexpr, q_head: tl.constexpr, scale: tl.constexpr,
+    q_ptr, kv_ptr, table_ptr, slopes_ptr, out_ptr, items_ptr, head_ptr, arrived_ptr, parts_ptr, tops_ptr,
+    TABLE, WINDOW, PAGES, q_token: tl.constexpr, q_head: tl.constexpr, scale: tl.constexpr,
     softcap: tl.constexpr, H: tl.constexpr, K: tl.constexpr, E: tl.constexpr, EP: tl.constexpr, B: tl.constexpr,
     EXACT: tl.constexpr, WIDE: tl.constexpr, WINDOWED: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr,
-    M: tl.constexpr, N: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+    CUT: tl.constexpr, M: tl.constexpr, N: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Each program takes items in turns, KV head by KV head; where there are as many programs as items, one each.
-    `scale` must be positive."""
+    `scale` must be positive. With CUT an item may be a part of a tile's keys: `parts_ptr` (items, K, M, EP) and
+    `tops_ptr` (items, K, 2, M) are as for `attention_split`, and who arrives last folds the parts in order."""
     release(PDL)
     wait(PDL)
     G: tl.constexpr = H // K
@@ -96,6 +97,10 @@ def tile_attention(
         last = position + count
         stop = (last + N - 1) // N
         middle = (position + 1) // N
+        if CUT:
+            least = tl.load(item_ptr + 4)
+            stop = tl.load(item_ptr + 5)
+            middle = tl.minimum(middle, stop)
         m = tl.full((M,), float("-inf"), tl.float32)
         norm = tl.zeros((M,), tl.float32)
         acc = tl.zeros((M, EP), tl.float32)
@@ -104,19 +109,50 @@ def tile_attention(
         if WINDOWED:
             first = tl.maximum(position + 1 - WINDOW, 0)
             start = tl.minimum((tl.maximum(last - WINDOW, 0) + N - 1) // N, middle)
+            begin = tl.maximum(first // N, least) if CUT else first // N
             m, norm, acc = _sweep(
-                m, norm, acc, q, kv_ptr, pages_ptr, value_offset, head, first // N, start, at, slope, first, last,
+                m, norm, acc, q, kv_ptr, pages_ptr, value_offset, head, begin, start, at, slope, first, last,
                 scale, softcap, WINDOW, K, E, EP, B, N, EXACT, WIDE, True, WINDOWED, SOFTCAP, ALIBI, STAGES,
             )  # fmt: skip
+        if CUT:
+            start = tl.maximum(start, least)
         m, norm, acc = _sweep(
             m, norm, acc, q, kv_ptr, pages_ptr, value_offset, head, start, middle, at, slope, first, last,
             scale, softcap, WINDOW, K, E, EP, B, N, EXACT, WIDE, False, WINDOWED, SOFTCAP, ALIBI, STAGES,
         )  # fmt: skip
+        if CUT:
+            middle = tl.maximum(middle, least)
         m, norm, acc = _sweep(
             m, norm, acc, q, kv_ptr, pages_ptr, value_offset, head, middle, stop, at, slope, first, last,
             scale, softcap, WINDOW, K, E, EP, B, N, EXACT, WIDE, True, WINDOWED, SOFTCAP, ALIBI, STAGES,
         )  # fmt: skip
 
+        if CUT:
+            parts = tl.load(item_ptr + 7)
+            done = parts == 1
+            if parts > 1:
+                place = (tl.load(item_ptr + 8) + tl.load(item_ptr + 6)).to(tl.int64) * K + head
+                tl.store(tops_ptr + place * (2 * M) + rows, m, mask=own)
+                tl.store(tops_ptr + place * (2 * M) + M + rows, norm, mask=own)
+                tl.store(parts_ptr + place * (M * EP) + rows[:, None] * EP + e[None, :], acc, mask=own[:, None])
+                tl.debug_barrier()
+                place = tl.load(item_ptr + 8).to(tl.int64) * K + head
+                done = tl.atomic_add(arrived_ptr + place, 1, sem="acq_rel") == parts - 1
+                if done:
+                    tl.store(arrived_ptr + place, 0)
+                    m = tl.full((M,), float("-inf"), tl.float32)
+                    norm = tl.zeros((M,), tl.float32)
+                    acc = tl.zeros((M, EP), tl.float32)
+                    for part in range(0, parts):
+                        top_ptr = tops_ptr + (place + part * K) * (2 * M) + rows
+                        part_ptr = parts_ptr + (place + part * K) * (M * EP) + rows[:, None] * EP + e[None, :]
+                        m, norm, acc = fold(
+                            m, norm, acc,
+                            tl.load(top_ptr, mask=own, other=float("-inf"), cache_modifier=".cg"),
+                            tl.load(top_ptr + M, mask=own, other=0.0, cache_modifier=".cg"),
+                            tl.load(part_ptr, mask=own[:, None], other=0.0, cache_modifier=".cg"),
+                        )  # fmt: skip
+            there &= done
         out = acc / tl.where(norm == 0.0, 1.0, norm)[:, None]
         out_at = (token + rows // G) * (H * E) + h * E
         tl.store(out_ptr + out_at[:, None] + e[None, :], out.to(out_ptr.dtype.element_ty), mask=there)

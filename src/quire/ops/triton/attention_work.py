@@ -221,20 +221,36 @@ def _nothing(ptr, there):
 
 @Kernel
 def tile_items(
-    cu_q_ptr, lengths_ptr, items_ptr, head_ptr, ROWS, FEW: tl.constexpr, BQ: tl.constexpr, PDL: tl.constexpr
-):
+    cu_q_ptr, lengths_ptr, items_ptr, head_ptr, arrived_ptr, ROWS, WINDOW, PROGRAMS, FEW: tl.constexpr,
+    BQ: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, N: tl.constexpr, LEAST: tl.constexpr, WINDOWED: tl.constexpr,
+    CUT: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """One program for each row. An item: row, first token, its position, tokens. Within a row the last tile comes
-    first: it has the most keys. `head_ptr` gets the count of items."""
+    first: it has the most keys. `head_ptr` gets the count of items.
+
+    With CUT, where the tiles would leave some of PROGRAMS without work, their keys are cut in parts of at least LEAST
+    tiles of N keys, as many for each tile as fill the programs: 4 and 5 tiles of keys from and to, 6 the number of the
+    part, 7 parts, 8 number of the first part's item. Counters of arrivals (at the first part) are zeroed.
+    """
     release(PDL)
     wait(PDL)
     mine = tl.program_id(0)
     some = tl.arange(0, _CHUNK)
+    every = 0
+    for at in range(0, ROWS, _CHUNK):
+        row = at + some
+        start = tl.load(cu_q_ptr + row, mask=row < ROWS, other=0)
+        count = tl.load(cu_q_ptr + row + 1, mask=row < ROWS, other=0) - start
+        every += tl.sum(tl.where(count > FEW, (count + BQ - 1) // BQ, 0))
+    most = tl.maximum(PROGRAMS // (tl.maximum(every, 1) * K), 1) if CUT else 1
     before, every = 0, 0
     for at in range(0, ROWS, _CHUNK):
         row = at + some
         start = tl.load(cu_q_ptr + row, mask=row < ROWS, other=0)
         count = tl.load(cu_q_ptr + row + 1, mask=row < ROWS, other=0) - start
+        length = tl.load(lengths_ptr + row, mask=row < ROWS, other=0)
         items = tl.where(count > FEW, (count + BQ - 1) // BQ, 0)
+        items *= _parts(length, count, WINDOW, most, N, LEAST, WINDOWED)
         every += tl.sum(items)
         before += tl.sum(tl.where(row < mine, items, 0))
     if mine == 0:
@@ -242,14 +258,37 @@ def tile_items(
     token = tl.load(cu_q_ptr + mine)
     count = tl.load(cu_q_ptr + mine + 1) - token
     length = tl.load(lengths_ptr + mine)
-    items = tl.where(count > FEW, (count + BQ - 1) // BQ, 0)
+    tiles = tl.where(count > FEW, (count + BQ - 1) // BQ, 0)
+    parts = _parts(length, count, WINDOW, most, N, LEAST, WINDOWED)
     lane = tl.arange(0, 64)
-    for at in range(0, items, 64):
+    for at in range(0, tiles * parts, 64):
         i = at + lane
-        there = i < items
-        offset = (items - 1 - i) * BQ
+        there = i < tiles * parts
+        offset = (tiles - 1 - i // parts) * BQ
+        position = length - count + offset
+        own = tl.minimum(count - offset, BQ)
         item_ptr = items_ptr + (before + i) * _ITEM
         tl.store(item_ptr, mine + tl.zeros_like(i), mask=there)
         tl.store(item_ptr + 1, token + offset, mask=there)
-        tl.store(item_ptr + 2, length - count + offset, mask=there)
-        tl.store(item_ptr + 3, tl.minimum(count - offset, BQ), mask=there)
+        tl.store(item_ptr + 2, position, mask=there)
+        tl.store(item_ptr + 3, own, mask=there)
+        if CUT:
+            first = tl.maximum(position + 1 - WINDOW, 0) // N if WINDOWED else tl.zeros_like(i)
+            keys = (position + own + N - 1) // N - first
+            each = (keys + parts - 1) // parts
+            part = i % parts
+            tl.store(item_ptr + 4, first + tl.minimum(part * each, keys), mask=there)
+            tl.store(item_ptr + 5, first + tl.minimum((part + 1) * each, keys), mask=there)
+            tl.store(item_ptr + 6, part, mask=there)
+            tl.store(item_ptr + 7, parts + tl.zeros_like(i), mask=there)
+            tl.store(item_ptr + 8, before + i - part, mask=there)
+            head = tl.arange(0, KP)[None, :]
+            counter_ptr = arrived_ptr + (before + i)[:, None] * K + head
+            tl.store(counter_ptr, tl.zeros((64, KP), tl.int32), mask=there[:, None] & (head < K))
+
+
+@triton.jit
+def _parts(length, count, window, most, N: tl.constexpr, LEAST: tl.constexpr, WINDOWED: tl.constexpr):
+    """Of rows: parts that the keys of each of their tiles are cut in."""
+    keys = tl.minimum(length, count + window) if WINDOWED else length
+    return tl.maximum(tl.minimum(keys // (LEAST * N), most), 1)

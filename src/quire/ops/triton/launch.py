@@ -73,9 +73,14 @@ class Kernel:
         pdl = dependent()
         ahead = AHEAD.get()
         if tiles:
-            if ahead is None:
-                options = {"num_warps": warps, "num_stages": stages, "launch_pdl": pdl}
-                self._jit[grid](*tiles, *tensors, *sizes, *constants, pdl, **options)
+            options = {"num_warps": warps, "num_stages": stages, "launch_pdl": pdl}
+            key = (constants, warps, stages, pdl, *(None if x is None else x.dtype for x in tensors))
+            if ahead is not None:
+                self._foresee(ahead, key, (*tiles, *map(_like, tensors), *sizes, *constants, pdl), options)
+                return
+            if (coming := self._coming.pop(key, None)) is not None:
+                wait_for([coming])
+            self._jit[grid](*tiles, *tensors, *sizes, *constants, pdl, **options)
             return
         pointers = [None if x is None else x.data_ptr() for x in tensors]
         bits = 0
@@ -110,7 +115,12 @@ class Kernel:
             ahead.submit((self, key), lambda: None)
             return
         self._jit.device_caches[torch.cuda.current_device()]  # made here, once, and not by two threads
-        coming = ahead.submit((self, key), lambda: self._jit.warmup(*arguments, grid=(1, 1, 1), **options))
+
+        def compile() -> None:
+            compiled = self._jit.warmup(*arguments, grid=(1, 1, 1), **options)
+            assert compiled.run is not None  # its launcher is made, by a C compiler, and it is loaded
+
+        coming = ahead.submit((self, key), compile)
         if coming is not None:
             self._coming[key] = coming
 
@@ -129,6 +139,14 @@ class _Like:
 
 def _like(tensor: Tensor | None) -> _Like | None:
     return None if tensor is None else _Like(tensor)
+
+
+def open_compiler() -> None:
+    """What Triton finds out once, whatever it compiles."""
+    if _KNOWN:
+        driver: Any = triton.runtime.driver.active
+        triton.runtime.cache.triton_key()
+        triton.compiler.make_backend(driver.get_current_target()).hash()
 
 
 def ceil(size: int, block: int) -> int:

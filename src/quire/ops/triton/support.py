@@ -13,6 +13,7 @@ from quire.utils.optional import available
 # Features of a token that a norm holds in registers at most.
 WIDEST = 16384
 
+MOST_EXPERTS = 1024  # whose logits a token's program holds in registers
 WIDEST_HEAD = 256  # numbers of a head in attention
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -58,3 +59,10 @@ def supports_attention(case: Case) -> str | None:
     if heads % kv_heads:
         return f"{heads} heads are no multiple of {kv_heads} KV heads"
     return refusal(case) or (None if size <= WIDEST_HEAD else f"heads have {WIDEST_HEAD} numbers at most, not {size}")
+
+
+def supports_moe(case: Case) -> str | None:
+    bits, experts = case.shapes.get("bits"), case.shapes.get("experts", 1)
+    if bits is not None:
+        return f"has no kernel for experts in {bits} bits"
+    return refusal(case) or (None if experts <= MOST_EXPERTS else f"chooses among {MOST_EXPERTS} experts at most")
