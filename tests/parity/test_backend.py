@@ -22,18 +22,21 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers.models.llama import modeling_llama
 
 from quire import LLM, SamplingParams
 from quire.config.args import EngineArgs
 from quire.config.resolve import resolve
 from quire.layers.groups import kv_groups
 from quire.layers.linear import Linear, LMHead, MergedLinear
+from quire.layers.mlp import MLP
 from quire.layers.step import AttentionMeta, GroupMeta, Step
 from quire.loading import load_model
 from quire.loading.mapped import mapped_bytes
 from quire.models import choice
 from quire.models.transformers import likeness as likeness_of
 from quire.models.transformers import model as backend_model
+from quire.models.transformers.fused import replace_gated
 from quire.models.transformers.hook import PagedAttention
 from quire.models.transformers.leaves import OwnEmbedding, OwnRMSNorm
 from quire.ops.dispatch import Binder
@@ -167,6 +170,7 @@ def test_the_check_fails_when_something_is_wrong(
     backend: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, architecture: str, break_it: Callable[..., Tensor]
 ) -> None:
     folder = backend(architecture)
+    monkeypatch.setattr(backend_model, "replace_attention", lambda *args: False)
     prompts, params = engines.batch(199)
     with engine(folder, num_gpu_blocks_override=800, enable_prefix_caching=False, enforce_eager=True) as llm:
         attend = PagedAttention.attend
@@ -194,15 +198,19 @@ def test_every_setting_gives_the_same(backend: Callable[[str], Path], changes: d
         engines.check(harness.Judge(folder), engines.run(llm, prompts, params), params)
 
 
+@pytest.mark.parametrize("pages_only", [False, True], ids=["its-layers", "its-attention"])
 @pytest.mark.parametrize(
     "architecture", ["LlamaForCausalLM", "MistralForCausalLM", "Qwen3ForCausalLM", "HeliumForCausalLM"]
 )
 def test_what_runs_as_llama_also_runs_from_its_own_code(
-    backend: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, architecture: str
+    backend: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, architecture: str, pages_only: bool
 ) -> None:
     folder = backend(architecture)
     assert load_model(config_for(folder, model_impl="transformers"), CPU).native is not None
     monkeypatch.setattr(backend_model, "likeness", lambda *args: None)
+    if pages_only:
+        monkeypatch.setattr(backend_model, "replace_attention", lambda *args: False)
+    assert load_model(config_for(folder, model_impl="transformers"), CPU).fused != pages_only
     prompts, params = engines.batch(199)
     with engine(folder) as llm:
         engines.check(harness.Judge(folder), engines.run(llm, prompts, params), params)
@@ -243,6 +251,21 @@ def test_a_model_that_is_nearly_a_llama_is_found_out(
 
     monkeypatch.setattr(likeness_of, "miniature", changed)
     assert load_model(config_for(folder, model_impl="transformers"), CPU).native is None
+
+
+def test_a_clip_keeps_attention_the_model_s_own(backend: Callable[[str], Path]) -> None:
+    """OLMo clips q, k and v; StarCoder2 does not."""
+    olmo, starcoder = backend("OlmoForCausalLM"), backend("Starcoder2ForCausalLM")
+    assert not load_model(config_for(olmo, model_impl="transformers"), CPU).fused
+    assert load_model(config_for(starcoder, model_impl="transformers"), CPU).fused
+
+
+def test_sums_of_a_model_s_own_code_are_recorded(
+    backend: Callable[[str], Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO", "quire.runner"), engine(backend("StableLmForCausalLM")) as llm:
+        assert tokens_of(llm)
+    assert "operation by operation" not in caplog.text
 
 
 def test_a_gap_in_the_names_or_a_factor_makes_no_llama(backend: Callable[[str], Path]) -> None:
@@ -307,12 +330,15 @@ def test_quantization_applies_as_to_native_models(
 
 
 def test_weights_are_the_file_s_own_bytes(backend: Callable[[str], Path]) -> None:
-    folder = backend("GraniteForCausalLM")
+    folder = backend("PersimmonForCausalLM")
     model = load_model(config_for(folder, model_impl="transformers"), CPU)
     assert mapped_bytes(model) >= 0.9 * (folder / "model.safetensors").stat().st_size
 
 
-def test_leaves_are_quire_s_and_know_how_to_be_cut(backend: Callable[[str], Path]) -> None:
+def test_leaves_are_quire_s_and_know_how_to_be_cut(
+    backend: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backend_model, "replace_attention", lambda *args: False)
     model = load_model(config_for(backend("GraniteForCausalLM"), model_impl="transformers", load_format="dummy"), CPU)
     layer = model.get_submodule("model.layers.1")
     assert layer.get_submodule("self_attn.q_proj").split == "columns"
@@ -340,6 +366,7 @@ def test_a_decode_step_asks_the_device_for_nothing(
 ) -> None:
     """On tensors without values any host sync is an error, so what passes can be captured in a graph."""
     monkeypatch.setattr(backend_model, "likeness", lambda *args: None)
+    monkeypatch.setattr(backend_model, "replace_attention", lambda *args: False)
     config = config_for(backend(architecture), model_impl="transformers")
     model = load_model(config, CPU, Binder(CPU, torch.float32, {"*": "reference"}))
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
@@ -416,3 +443,28 @@ def test_trusted_code_reaches_an_engine_in_another_process(own_code: Path) -> No
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
     assert "got 4" in done.stdout, done.stderr
+
+
+def clipped(block: Any) -> None:
+    forward = block.forward
+    block.forward = lambda x: forward(x).clamp(-1e4, 1e4)
+
+
+def another_factor(block: Any) -> None:
+    forward = block.forward
+    block.forward = lambda x: forward(x) * 1.001
+
+
+@pytest.mark.parametrize("change", [None, clipped, another_factor])
+def test_a_gated_block_is_known_by_what_it_computes(change: Callable[[Any], None] | None) -> None:
+    config = transformers.LlamaConfig(
+        hidden_size=48, intermediate_size=64, num_attention_heads=4, hidden_act="gelu_pytorch_tanh"
+    )
+    body = nn.Module()
+    body.block = modeling_llama.LlamaMLP(config)
+    if change is not None:
+        change(body.block)
+    replace_gated(body)
+    assert isinstance(body.block, MLP) == (change is None)
+    if change is None:
+        assert body.block.kind in ("gelu_new", "gelu_pytorch_tanh")

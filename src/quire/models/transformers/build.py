@@ -53,7 +53,6 @@ def build(raw: Mapping[str, Any], folder: Path, trust_remote_code: bool, dtype: 
 
 def make(made: Any, config: Any, dtype: torch.dtype, **options: Any) -> Any:
     """A model of the class `made`; see `build`."""
-    # Experts one after the other wait for the host at each; as one batched product nothing does.
     before = torch.get_default_dtype()
     try:
         with torch.device("cpu"), parameters_on_meta(), no_init_weights():

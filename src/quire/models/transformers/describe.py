@@ -65,7 +65,6 @@ def hf_config(raw: Mapping[str, Any], folder: Path, trust_remote_code: bool) -> 
     try:
         if own and "AutoConfig" in raw["auto_map"]:
             made = get_class_from_dynamic_module(raw["auto_map"]["AutoConfig"], str(folder))
-            made.register_for_auto_class()
         else:
             made = type(AutoConfig.for_model(str(raw["model_type"])))
         config = made.from_dict(made._decode_special_floats(dict(raw)))

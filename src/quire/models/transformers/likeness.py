@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,9 +25,9 @@ from quire.models.base import Decoder
 from quire.models.llama import LlamaBlock
 from quire.models.qwen3 import Qwen3Block
 from quire.models.transformers import proof
+from quire.models.transformers.fused import activation_of
 from quire.models.transformers.hook import install
 from quire.models.transformers.leaves import Known, rms_eps
-from quire.ops.activation import ACTIVATIONS
 
 log = logging.getLogger(__name__)
 
@@ -115,6 +115,8 @@ def found(
     eps, *others = {rms_eps(norm, known) for norm in norms}
     if eps is None or others or {(r.heads, r.value_dim) for r in rules} != {(rules[0].heads, arch.head_dim)}:
         raise Unlike("its norms or heads are of another kind")
+    if (activation := activation_of(body.get_submodule("layers.0.mlp"))) is None:
+        raise Unlike("its activation is of another kind")
     shape = replace(
         arch,
         num_heads=rules[0].heads,
@@ -122,7 +124,7 @@ def found(
         attention_out_bias=everywhere("self_attn.o_proj.bias"),
         mlp_bias=everywhere("mlp.gate_proj.bias", "mlp.up_proj.bias", "mlp.down_proj.bias"),
         norm_eps=eps,
-        activation=activation_of(body.get_submodule("layers.0.mlp")),
+        activation=activation,
     )
     rotary_dim = angles_size(getattr(body, "rotary_emb", None))
     head_norm = everywhere("self_attn.q_norm.weight", "self_attn.k_norm.weight")
@@ -145,16 +147,6 @@ def slot_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     return {part.name(path): part.shape for path, _, _, slot in walk_slots(model) for part in slot.parts}
 
 
-def activation_of(mlp: nn.Module) -> str:
-    """The activation by its numbers."""
-    act: Any = next((module for name, module in mlp.named_children() if name.startswith("act")), None)
-    x = torch.linspace(-9, 9, 181)
-    for kind, formula in ACTIVATIONS.items():
-        if act is not None and torch.allclose(act(x), formula(x), rtol=1e-6, atol=1e-7):
-            return kind
-    raise Unlike("its activation is of another kind")
-
-
 def layers_that_turn(whole: Any, arch: ModelArch) -> tuple[bool, ...]:
     kept = getattr(whole.config, "no_rope_layers", None)
     return tuple(bool(x) for x in kept) if kept else (True,) * arch.num_layers
@@ -170,7 +162,7 @@ def decoder(like: Likeness, body: nn.Module, rules: Sequence[proof.Rule]) -> Dec
         attn, rule = made.self_attn.attn, rules[layer]
         attn.scale, attn.window, attn.softcap = rule.scale, rule.window, rule.softcap
         if like.paired and like.roped[layer]:
-            halve(made.self_attn.qkv_proj.slots.values(), like)
+            halve(made.self_attn.qkv_proj.slots.values(), like.arch.head_dim, like.rotary_dim)
         return made
 
     with torch.device("meta"):
@@ -194,10 +186,10 @@ class Halved(Part):
         super().fill(parameter, heads[:, order.to(tensor.device)].flatten(0, 1))
 
 
-def halve(slots: Iterable[Any], like: Likeness) -> None:
+def halve(slots: Iterable[Any], head_dim: int, rotated: int) -> None:
     for slot in slots:
         for i, part in enumerate(slot.parts[:2]):  # q and k; values are not turned
-            extra = {"head_dim": like.arch.head_dim, "rotated": like.rotary_dim}
+            extra = {"head_dim": head_dim, "rotated": rotated}
             slot.parts[i] = Halved(part.source, part.shape, part.start, part.size, part.take, part.transposed, **extra)
 
 
@@ -243,20 +235,28 @@ def proven(like: Likeness, small: Any, body: nn.Module) -> bool:
     trial = proof.Model("model", body, small.config, install(body), arch)
     rules = list(proof.facts(trial, CPU).values())
     mine = replace(like, arch=arch, rotary_dim=angles_size(body.rotary_emb))
-    # Positions over the whole length: some models scale queries or turn otherwise far from the beginning.
-    last = max(0, like.arch.max_position - proof.TOKENS)
-    firsts = (0, min(300, last), last // 2, last, min(5, last))
-    return all(_agree(mine, body, trial, rules, *draw) for draw in zip(GAINS, firsts, strict=True))
+    return all(_agree(mine, body, trial, rules, *draw) for draw in draws(like.arch.max_position))
 
 
-def _agree(
-    like: Likeness, body: nn.Module, trial: proof.Model, rules: Sequence[proof.Rule], gain: float, first: int
-) -> bool:
+def draws(longest: int) -> Iterator[tuple[float, int]]:
+    """(gain of the weights, first position) of each comparison. Positions go over the whole length: some models scale
+    queries or turn otherwise far from the beginning."""
+    last = max(0, longest - proof.TOKENS)
+    return zip(GAINS, (0, min(300, last), last // 2, last, min(5, last)), strict=True)
+
+
+def randomise(body: nn.Module, gain: float) -> None:
     random = torch.Generator().manual_seed(1)
     for parameter in body.parameters():
         noise = torch.randn(parameter.shape, generator=random)
         one = parameter.dim() == 1
         parameter.copy_(1 + 0.3 * noise if one else noise * gain / parameter.shape[-1] ** 0.5)
+
+
+def _agree(
+    like: Likeness, body: nn.Module, trial: proof.Model, rules: Sequence[proof.Rule], gain: float, first: int
+) -> bool:
+    randomise(body, gain)
     mine = decoder(like, body, rules)
     tensors = dict(body.named_parameters())
     for path, module, name, slot in walk_slots(mine):

@@ -22,7 +22,9 @@ from quire.models.base import Decoder
 from quire.models.transformers import proof
 from quire.models.transformers.build import build
 from quire.models.transformers.checkpoint import Names
+from quire.models.transformers.fused import replace_activations, replace_gated
 from quire.models.transformers.hook import PAGED, RUN, PagedAttention, install
+from quire.models.transformers.inplace import replace_attention
 from quire.models.transformers.leaves import own_slots, replace_leaves
 from quire.models.transformers.likeness import likeness
 from quire.ops.dispatch import Binder
@@ -57,6 +59,7 @@ class TransformersForCausalLM(SlotModule):
     def __init__(self, config: Config, dtype: torch.dtype) -> None:
         super().__init__()
         self.arch = arch = config.model.arch
+        self.fused = False  # whether attention is quire's operations, not only its pages
         whole = build(arch.extra, config.model.path, config.model.trust_remote_code, dtype)
         self.prefix, body, head_name, head = _parts(whole)
         names = Names(whole)
@@ -69,13 +72,15 @@ class TransformersForCausalLM(SlotModule):
         rules = self._early(config)
         native = None if rules is None else likeness(whole, self.prefix, body, arch, list(rules.values()))
         self._logits = LogitsRule(whole, self.prefix, body, head_name, head)
-        text = (
-            "in quire's blocks, which compute the same" if native is not None else "with quire's attention and layers"
-        )
-        log.info("%s runs from Transformers' code, %s", type(whole).__name__, text)
         if native is None:
             plan = getattr(whole.config.get_text_config(decoder=True), "base_model_tp_plan", None) or {}
+            self.fused = rules is not None and replace_attention(whole, self.prefix, body, arch, rules)
+            replace_gated(body)
+            replace_activations(body)
             replace_leaves(body, plan, arch.vocab_size)
+        how = "with quire's attention" if self.fused else "its attention over quire's pages"
+        how = how if native is None else "in quire's blocks, which compute the same"
+        log.info("%s runs from Transformers' code, %s", type(whole).__name__, how)
         shown = body if native is None else native
         self.add_module(self.prefix, shown)
         outputs, inputs = head.weight.shape
@@ -146,6 +151,9 @@ class TransformersForCausalLM(SlotModule):
     def prove(self, config: Config, device: torch.device, dtype: torch.dtype, ops: Binder) -> None:
         """Gives each layer its attention, then tries the whole. Raises `ClientError` for what would be wrong."""
         if self.native is not None:
+            return
+        if self.fused:  # shown before, but for what surrounds the attention
+            proof.local(self._trial, device, TOLERANCE[dtype])
             return
         try:
             for layer, (module, rule) in enumerate(self._examine(device, config).items()):
