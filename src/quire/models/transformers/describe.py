@@ -6,6 +6,7 @@ what the model then does (`proof`), so a guess that is wrong is refused, never r
 
 from __future__ import annotations
 
+import difflib
 import inspect
 from collections.abc import Mapping
 from pathlib import Path
@@ -90,6 +91,11 @@ def model_class(config: Any, raw: Mapping[str, Any], folder: Path, trust_remote_
         if reference is not None:
             return get_class_from_dynamic_module(reference, str(folder))
     name = architecture_of(raw)
+    if not hasattr(transformers, name):
+        heads = [known for known in dir(transformers) if known.endswith(("ForCausalLM", "LMHeadModel"))]
+        near = difflib.get_close_matches(name, heads, 3, 0.5)
+        closest = f": the closest are {', '.join(near)}" if near else ""
+        raise ClientError(f"Transformers has no {name}{closest}", "model", name)
     found: Any = AutoModelForCausalLM._model_mapping.get(type(config), None)
     if isinstance(found, tuple):
         found = found[0]
