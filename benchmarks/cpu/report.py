@@ -114,7 +114,7 @@ class Row:
 
     @property
     def ours(self) -> float:
-        """quire's figure: of the sitting that decides; of start-up, which knows no bound, the median of all sittings."""
+        """quire's figure: of the sitting that decides; of start-up the median of all sittings."""
         return statistics.median(p.ours for p in self.pairs.values()) if self.workload == "C5" else self.pair.ours
 
     @property

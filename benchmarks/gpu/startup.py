@@ -3,9 +3,9 @@
     python -m benchmarks.gpu.startup --models qwen06 l1b l8b --json startup.json [--warm 3] [--cache FOLDER]
         [-- more arguments of the engine]
 
-Owns: the caches, a folder for each model under `--cache`: of kernels, and of Python's bytecode, which an installation has
-and a machine that may not write beside its packages has not. The first process of a model finds its folder empty
-(`cold`), the others what the first one compiled (`warm`). The processes are those of `quire bench startup`.
+Owns: the caches, a folder for each model under `--cache`: of kernels, and of Python's bytecode, which a machine lacks
+that may not write beside its packages. The first process of a model finds its folder empty (`cold`), the others what
+the first one compiled (`warm`). The processes are those of `quire bench startup`.
 """
 
 from __future__ import annotations

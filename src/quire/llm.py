@@ -21,6 +21,7 @@ from quire.engine.llm_engine import LLMEngine
 from quire.engine.outputs import Output
 from quire.engine.scoring import Plan as ScorePlan
 from quire.engine.stat_logger import Metric
+from quire.engine.tokenizer import NONE
 from quire.types.errors import ClientError, EngineError
 from quire.types.outputs import (
     BeamSearchOutput,
@@ -378,7 +379,7 @@ class LLM:
             raise ClientError("the conversation has no messages", "messages", messages)
         tokenizer = self.llm_engine.tokenizer
         if tokenizer is None:
-            raise ClientError("chat needs a tokenizer, and skip_tokenizer_init=True: use generate", "messages")
+            raise ClientError(f"chat needs a tokenizer, {NONE}: use generate with token ids", "messages")
         template = template or self.llm_engine.config.model.chat_template
         if template is not None and template not in tokenizer.chat_templates:
             template = load_template(template)

@@ -126,7 +126,7 @@ def test_what_cannot_run_and_why(make_checkpoint: Make, tmp_path: Path) -> None:
     assert "lm_head.weight has shape (127, 32)" in inspect(str(folder))[0]["problems"][0]
     (folder / "model.safetensors").write_bytes(b"\x00" * 20)
     assert "damaged or incomplete" in inspect(str(folder))[0]["problems"][0]
-    assert "no tokenizer files" in inspect(str(folder))[0]["tokenizer"]["reason"]
+    assert "a checkpoint without a tokenizer" in inspect(str(folder))[0]["tokenizer"]["reason"]
     quantized = make_checkpoint(name="q", quantization_config={"quant_method": "awq"})
     found, status = inspect(str(quantized))
     assert status == 1 and "awq" in found["problems"][0] and found["architectures"] == ["LlamaForCausalLM"]

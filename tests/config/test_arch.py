@@ -19,6 +19,15 @@ CLASSES = {
     "Qwen3ForCausalLM": "Qwen3Config",
     "OPTForCausalLM": "OPTConfig",
     "GPT2LMHeadModel": "GPT2Config",
+    "FalconForCausalLM": "FalconConfig",
+    "MptForCausalLM": "MptConfig",
+    "Phi3ForCausalLM": "Phi3Config",
+    "GemmaForCausalLM": "GemmaConfig",
+    "Gemma2ForCausalLM": "Gemma2Config",
+    "Gemma3ForCausalLM": "Gemma3TextConfig",
+    "MixtralForCausalLM": "MixtralConfig",
+    "Qwen2MoeForCausalLM": "Qwen2MoeConfig",
+    "Qwen3MoeForCausalLM": "Qwen3MoeConfig",
 }
 
 
@@ -37,20 +46,25 @@ def full_and_bare(architecture: str, **fields: Any) -> tuple[Any, ModelArch, Mod
 def test_missing_fields_have_transformers_defaults(architecture: str) -> None:
     theirs, full, bare = full_and_bare(architecture)
     assert bare == full
+    if bare.experts is not None:
+        assert bare.experts.count == getattr(theirs, "num_local_experts", getattr(theirs, "num_experts", None))
+        assert bare.experts.top_k == theirs.num_experts_per_tok
+        assert bare.experts.size == getattr(theirs, "moe_intermediate_size", theirs.intermediate_size)
     assert bare.hidden_size == theirs.hidden_size
     assert bare.num_layers == theirs.num_hidden_layers
     assert bare.num_heads == theirs.num_attention_heads
-    assert bare.max_position == theirs.max_position_embeddings
+    assert bare.max_position == getattr(theirs, "max_position_embeddings", getattr(theirs, "max_seq_len", None))
     assert bare.vocab_size == theirs.vocab_size
     assert bare.tie_word_embeddings == theirs.tie_word_embeddings
     assert bare.bos_token_id == theirs.bos_token_id
     assert bare.eos_token_ids == (() if theirs.eos_token_id is None else (theirs.eos_token_id,))
-    assert bare.activation == getattr(theirs, "hidden_act", None) or theirs.activation_function
-    if bare.rope:
+    names = ("hidden_act", "hidden_activation", "activation_function", "activation")
+    assert bare.activation == next((getattr(theirs, name) for name in names if hasattr(theirs, name)), "gelu")
+    if hasattr(theirs, "rms_norm_eps"):
         assert bare.norm_eps == theirs.rms_norm_eps
         assert bare.num_kv_heads == theirs.num_key_value_heads
         assert bare.intermediate_size == theirs.intermediate_size
-        assert bare.head_dim == getattr(theirs, "head_dim", theirs.hidden_size // theirs.num_attention_heads)
+        assert bare.head_dim == (getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads)
 
 
 @pytest.mark.parametrize("architecture", ["OPTForCausalLM", "GPT2LMHeadModel"])
@@ -183,6 +197,27 @@ def test_several_end_tokens_and_explicit_head_dim() -> None:
     )
     assert arch.eos_token_ids == (5, 7)
     assert (arch.head_dim, arch.num_kv_heads, arch.attention_scale) == (16, 3, 0.25)
+
+
+def test_what_gemma_calls_gelu_is_its_approximation() -> None:
+    assert arch_from_hf({"architectures": ["GemmaForCausalLM"], "hidden_act": "gelu"}).activation == "gelu_pytorch_tanh"
+
+
+def test_gemma_3_has_a_rope_for_each_kind_of_layer_in_both_spellings() -> None:
+    scaling = {"rope_type": "linear", "factor": 8.0}
+    older = {"rope_theta": 1e6, "rope_local_base_freq": 1e4, "rope_scaling": scaling, "sliding_window_pattern": 3}
+    newer = {
+        "rope_parameters": {
+            "full_attention": {"rope_theta": 1e6, **scaling},
+            "sliding_attention": {"rope_theta": 1e4, "rope_type": "default"},
+        },
+        "layer_types": (["sliding_attention"] * 2 + ["full_attention"]) * 9,
+    }
+    common = {"architectures": ["Gemma3ForCausalLM"], "num_hidden_layers": 27}
+    first, second = (arch_from_hf({**common, **fields}) for fields in (older, newer))
+    assert first == second
+    assert first.rope_of(0) == first.local_rope and first.rope_of(2) == first.rope
+    assert (first.rope_of(0).theta, first.rope_of(2).factor) == (1e4, 8.0)  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize(

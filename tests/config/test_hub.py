@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,14 @@ import pytest
 from huggingface_hub import errors
 
 from quire.config import hub
+from quire.config.args import EngineArgs
+from quire.config.resolve import resolve
 from quire.types.errors import ClientError
+
+TINY: dict[str, Any] = {
+    **{"architectures": ["LlamaForCausalLM"], "vocab_size": 99, "hidden_size": 32, "intermediate_size": 64},
+    **{"num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 128},
+}
 
 
 class FakeHub:
@@ -91,3 +100,57 @@ def test_the_demo_model_lies_in_the_package() -> None:
     import quire.config
 
     assert hub.demo_model_path().parent.parent == Path(quire.config.__file__).parent.parent
+
+
+def test_a_tokenizer_of_another_revision(fake: Callable[[list[str]], FakeHub], tmp_path: Path) -> None:
+    repo = fake(["config.json", "tokenizer.json", "model.safetensors"])
+
+    def folder(**args: Any) -> list[tuple[str, str | None]]:
+        repo.calls.clear()
+        config = resolve(EngineArgs(model="org/name", load_format="dummy", **args))
+        repo.calls.clear()
+        hub.tokenizer_folder(config)
+        return [(model, options["revision"]) for model, options in repo.calls]
+
+    (tmp_path / "config.json").write_text(json.dumps(TINY))
+    repo.files.remove("config.json")
+    assert folder() == [] and folder(revision="a", tokenizer_revision="a") == []
+    assert folder(tokenizer_revision="b") == [("org/name", "b")]
+    assert folder(tokenizer="org/other") == [("org/other", None)]
+    assert folder(tokenizer="org/other", tokenizer_revision="c", revision="a") == [("org/other", "c")]
+    assert "org/none" in str(refusal(lambda: folder(tokenizer="org/none"), repo))
+
+
+def refusal(call: Callable[[], Any], repo: FakeHub) -> ClientError:
+    """What `call` raises where the Hub has no such model."""
+    plain = repo.__class__.__call__
+
+    def missing(self: FakeHub, model: str, **kwargs: Any) -> str:
+        if model == "org/none":
+            raise OSError("no")
+        return plain(self, model, **kwargs)
+
+    repo.__class__.__call__ = missing  # type: ignore[method-assign]
+    try:
+        with pytest.raises(ClientError) as caught:
+            call()
+    finally:
+        repo.__class__.__call__ = plain  # type: ignore[method-assign]
+    return caught.value
+
+
+def test_a_tokenizer_alone_needs_no_config(fake: Callable[[list[str]], FakeHub]) -> None:
+    fake(["tokenizer.json"])
+    assert names(hub.find_checkpoint("org/name", weights=False, config=False)) == {"tokenizer.json"}
+    with pytest.raises(ClientError, match=r"no config\.json"):
+        hub.find_checkpoint("org/name", weights=False)
+
+
+def test_a_revision_of_a_folder_has_no_effect_and_says_so(
+    make_checkpoint: Callable[..., Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = make_checkpoint()
+    with caplog.at_level(logging.WARNING, "quire"):
+        assert hub.find_checkpoint(str(folder)) == folder and not caplog.records
+        assert hub.find_checkpoint(str(folder), revision="main") == folder
+    assert "revision='main' has no effect" in caplog.text

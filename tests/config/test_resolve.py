@@ -64,6 +64,36 @@ def test_stated_dtype_is_honoured(make_checkpoint: Make) -> None:
         assert resolve(EngineArgs(model=folder, dtype=asked), machine=CPU).model.dtype == got
 
 
+def test_stated_dtypes_get_advice(make_checkpoint: Make, caplog: pytest.LogCaptureFixture) -> None:
+    folder = str(make_checkpoint(torch_dtype="bfloat16"))
+    with caplog.at_level(logging.WARNING, "quire"):
+        assert resolve(EngineArgs(model=folder, dtype=torch.bfloat16), machine=CPU).model.dtype == "bfloat16"
+        assert not caplog.records
+        resolve(EngineArgs(model=folder, dtype=torch.half), machine=CPU)
+        resolve(EngineArgs(model=folder, dtype="half"), machine=H200)
+    assert [r.getMessage().count("bfloat16") > 0 for r in caplog.records] == [True, True]
+    assert "compute capability 8.0" in str(refusal(machine=T4, model=folder, dtype="bfloat16"))
+    assert "must be one of" in str(refusal(model=folder, dtype="fp16"))
+
+
+def test_overridden_architectures(make_checkpoint: Make) -> None:
+    folder = str(make_checkpoint())
+
+    def arch(overrides: Any) -> str:
+        return resolve(EngineArgs(model=folder, hf_overrides=overrides), machine=CPU).model.arch.architecture
+
+    assert arch({"architectures": ["MistralForCausalLM"]}) == "MistralForCausalLM"
+    assert arch(lambda raw: {**raw, "architectures": ["Qwen2ForCausalLM"]}) == "Qwen2ForCausalLM"
+    assert 'must be a list, ["Qwen2' in str(refusal(model=folder, hf_overrides={"architectures": "Qwen2ForCausalLM"}))
+
+
+def test_the_length_is_logged_with_its_reason(make_checkpoint: Make, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "quire"):
+        model = resolve(EngineArgs(model=str(make_checkpoint())), machine=CPU).model
+    assert model.max_model_len_reason == "what the checkpoint allows: 256, the max_position_embeddings of config.json"
+    assert f"max_model_len=256: {model.max_model_len_reason}" in caplog.text
+
+
 def test_a_changed_dtype_is_logged(make_checkpoint: Make, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "quire"):
         resolve(EngineArgs(model=str(make_checkpoint(torch_dtype="float16"))), machine=CPU)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
 from fake_client import make_config
 from tokenizer_zoo import CHAT, KINDS, TEXT, trained, write_folder
 
 from quire.engine.chat import render_chat
+from quire.engine.detokenizer import Detokenizer
 from quire.engine.tokenizer import FastTokenizer, TransformersTokenizer, load_folder, load_tokenizer
 from quire.types.errors import ClientError
 
@@ -80,6 +83,90 @@ def test_python_tokenizer(tmp_path: Path) -> None:
     assert t.encode_batch(["ab", "c"]) == [[97, 98], [99]] and t.decode([97]) == "a" and t.id_to_token(97) == "a"
     assert t.decode([97], spaces_between=False) == "aFalse"
     assert t.special_tokens == {"eos_token": "</s>"} and t.chat_templates == {"default": CHAT}
+
+
+TEXTS = ["Hello, world", "größe\n ünïcode 你好 🙂", " two  spaces ", ""]
+
+
+@pytest.mark.parametrize("mode", ["auto", "slow"])
+def test_a_tokenizer_that_transformers_has_in_python_only(tmp_path: Path, mode: str) -> None:
+    transformers.ByT5Tokenizer().save_pretrained(tmp_path)
+    t = load_folder(tmp_path, mode)
+    assert isinstance(t, TransformersTokenizer)
+    hf = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    detokenizer = Detokenizer(t)
+    for text in TEXTS:
+        ids = t.encode(text)
+        assert ids == hf.encode(text) and t.encode(text, False) == hf.encode(text, add_special_tokens=False)
+        assert t.decode(ids) == hf.decode(ids, skip_special_tokens=True) == text
+        stream, shown = detokenizer.stream([], True), ""
+        for token in t.encode(text, False):
+            shown += stream.push([token])
+        assert shown + stream.finish() == text
+    assert t.eos_token_id == hf.eos_token_id and t.special_tokens["eos_token"] == "</s>"
+
+
+SENTENCE = "the quick brown fox jumps over the lazy dog while the engine counts its tokens and the dog counts the fox"
+
+
+@pytest.mark.parametrize("mode", ["auto", "slow"])
+def test_a_sentencepiece_model_without_tokenizer_json(tmp_path: Path, mode: str) -> None:
+    spm = pytest.importorskip("sentencepiece")
+    pytest.importorskip("google.protobuf")
+    made = io.BytesIO()
+    options: dict[str, Any] = {
+        "vocab_size": 300,
+        "byte_fallback": True,
+        "unk_id": 0,
+        "bos_id": 1,
+        "eos_id": 2,
+        "minloglevel": 2,
+    }
+    options |= {"sentence_iterator": iter([SENTENCE] * 20), "model_writer": made, "model_type": "bpe"}
+    spm.SentencePieceTrainer.train(**options)
+    (tmp_path / "tokenizer.model").write_bytes(made.getvalue())
+    settings = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    t, judge = load_folder(tmp_path, mode), spm.SentencePieceProcessor(model_proto=made.getvalue())
+    for text in ("the engine", "größe 你 🙂", SENTENCE):
+        assert t.encode(text, add_special_tokens=False) == judge.encode(text)
+        assert t.decode(judge.encode(text)) == text
+
+
+def test_a_sentencepiece_model_says_what_it_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "tokenizer.model").write_bytes(b"\x0a\x0e")
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    monkeypatch.setattr("quire.engine.tokenizer.available", lambda name: name != "sentencepiece")
+    with pytest.raises(ClientError, match="pip install sentencepiece protobuf") as e:
+        load_folder(tmp_path)
+    assert "\n" not in str(e.value)
+
+
+CODE = """
+from transformers import ByT5Tokenizer
+
+class OwnTokenizer(ByT5Tokenizer):
+    def _tokenize(self, text):
+        return super()._tokenize(text[::-1])
+"""
+
+
+def test_a_tokenizer_whose_code_lies_in_the_checkpoint(tmp_path: Path) -> None:
+    transformers.ByT5Tokenizer().save_pretrained(tmp_path)
+    (tmp_path / "own_tokenizer.py").write_text(CODE)
+    file = tmp_path / "tokenizer_config.json"
+    settings = json.loads(file.read_text())
+    settings |= {"tokenizer_class": "OwnTokenizer", "auto_map": {"AutoTokenizer": ["own_tokenizer.OwnTokenizer", None]}}
+    file.write_text(json.dumps(settings))
+    with pytest.raises(ClientError, match="trust_remote_code") as e:
+        load_folder(tmp_path)
+    assert "\n" not in str(e.value)
+    plain = transformers.ByT5Tokenizer()
+    assert load_folder(tmp_path, trust_remote_code=True).encode("abc", False) == plain.encode(
+        "cba", add_special_tokens=False
+    )
 
 
 @pytest.mark.parametrize(

@@ -8,13 +8,33 @@ import sys
 import threading
 import time
 from concurrent.futures import Future
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 
 from quire.types.errors import ClientError
 from quire.types.kv import KVGroup
 from quire.types.plan import Plan, StepResult, ints
+
+
+@dataclass
+class FakeModel:
+    arch: Any = field(default_factory=lambda: SimpleNamespace(architecture="LlamaForCausalLM"))
+    logits_processors: tuple[type, ...] = ()
+    registered: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class FakeConfig:
+    """What executors read of a configuration, and what `FakeWorker` does."""
+
+    folder: str
+    fault: Any = None
+    model: FakeModel = field(default_factory=FakeModel)
+    observability: Any = field(default_factory=lambda: SimpleNamespace(log_level="warning", log_format="text"))
 
 
 class FakeWorker:

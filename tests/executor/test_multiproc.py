@@ -7,8 +7,8 @@ import signal
 import subprocess
 import sys
 import time
+from importlib import import_module
 from pathlib import Path
-from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -22,9 +22,12 @@ from quire.types.plan import NewRow, Plan, ints
 
 HERE = Path(__file__).parent
 SRC = HERE.parents[1] / "src"
-LOG = SimpleNamespace(log_level="warning", log_format="text")
 FAKE = "fake_worker:FakeWorker"
 LIMIT_S = 30.0  # no wait in these tests may reach it
+
+
+def fake_config(folder, fault=None):
+    return import_module("fake_worker").FakeConfig(str(folder), fault)
 
 
 def plan(number, tokens=(1, 2, 3), params=None):
@@ -41,8 +44,7 @@ def start(tmp_path, monkeypatch):
     made = []
 
     def make(fault=None, world=2):
-        config = SimpleNamespace(folder=str(tmp_path), fault=fault, observability=LOG)
-        made.append(MultiprocExecutor(config, world, worker=FAKE))
+        made.append(MultiprocExecutor(fake_config(tmp_path, fault), world, worker=FAKE))
         return made[-1]
 
     yield make
@@ -167,7 +169,7 @@ def test_shutdown_does_not_wait_for_a_stuck_worker(start, tmp_path, monkeypatch)
 
 
 def test_workers_end_with_an_executor_that_is_forgotten(start, tmp_path):
-    executor = MultiprocExecutor(SimpleNamespace(folder=str(tmp_path), fault=None, observability=LOG), 1, FAKE)
+    executor = MultiprocExecutor(fake_config(tmp_path), 1, FAKE)
     assert executor.submit(plan(1)).result(LIMIT_S).number == 1
     del executor
     wait_until_gone(pids(tmp_path))
@@ -176,11 +178,10 @@ def test_workers_end_with_an_executor_that_is_forgotten(start, tmp_path):
 # No guard against being imported again, and the parent goes without a word.
 SCRIPT = """
 import os, signal, sys
-from types import SimpleNamespace
 from quire.executor.multiproc import MultiprocExecutor
 sys.path.insert(0, {here!r})
-config = SimpleNamespace(folder={folder!r}, fault=(1, 1, "hang"))
-config.observability = SimpleNamespace(log_level="warning", log_format="text")
+from fake_worker import FakeConfig
+config = FakeConfig({folder!r}, (1, 1, "hang"))
 executor = MultiprocExecutor(config, 2, worker="fake_worker:FakeWorker")
 from quire.types.plan import Plan, ints
 z = ints([0])

@@ -17,6 +17,8 @@ from torch import Tensor
 from quire import LLM, SamplingParams
 from quire.layers.attention import Attention
 from quire.layers.step import Step
+from quire.ops.native.library import load
+from quire.runner.replay import HostReplay, NoReplay
 from quire.types.outputs import RequestOutput
 from quire.types.params import BeamSearchParams
 
@@ -204,6 +206,18 @@ def test_every_setting_gives_the_same(
     prompts, params = batch(199)
     with engine(folder, **changes) as llm:
         check(harness.Judge(folder), run(llm, prompts, params), params)
+
+
+RECORDED = {"falcon": HostReplay, "mpt": HostReplay, "phi3": HostReplay, "gemma2": HostReplay, "gemma3": HostReplay}
+
+
+@pytest.mark.skipif(isinstance(load(), str), reason=str(load()))
+@pytest.mark.parametrize(("arch", "replay"), [*RECORDED.items(), ("mixtral", NoReplay), ("qwen2_moe", NoReplay)])
+def test_which_models_are_recorded_on_a_cpu(checkpoint: Callable[..., Path], arch: str, replay: type[Any]) -> None:
+    """Mixtures are not: who chose which expert decides what there is to compute."""
+    with engine(checkpoint(arch), device="cpu") as llm:
+        client: Any = llm.llm_engine.client
+        assert type(client._executor.worker._runner._replay) is replay
 
 
 Forward = Callable[..., Tensor]

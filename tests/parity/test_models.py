@@ -109,7 +109,7 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
     ("qwen3_moe", "experts", {"norm_topk_prob": True}),
     ("qwen3_moe", "unnormalised", {"mlp_only_layers": [1], "num_experts_per_tok": 5}),
     ("gemma", "1", {}),
-    ("gemma", "1-multi-query-wide", {"num_key_value_heads": 1, "head_dim": 20, "hidden_act": "gelu"}),
+    ("gemma", "1-multi-query-wide", {"num_key_value_heads": 1, "head_dim": 20}),
     ("gemma2", "soft-caps", {"attn_logit_softcapping": 4.0, "final_logit_softcapping": 0.5}),
     (
         "gemma2",

@@ -99,7 +99,7 @@ def cramped(llm: LLM, prompts: list[list[int]], task: str, params: Any = None) -
 
 
 @torch.no_grad()
-def enliven(model: nn.Module) -> None:
+def enliven(model: nn.Module, size: float = 2.0) -> None:
     """Random weights of such size that each layer matters."""
     for name, parameter in model.named_parameters():
         if parameter.dim() == 1:
@@ -109,7 +109,7 @@ def enliven(model: nn.Module) -> None:
             parameter.normal_(0, 1.0)
         else:
             fan_in = parameter.shape[0] if ".c_" in name else parameter.shape[1]
-            parameter.normal_(0, 2.0 / fan_in**0.5)
+            parameter.normal_(0, size / fan_in**0.5)
 
 
 def make(root: Path, name: str, base: str, **settings: Any) -> Path:

@@ -130,7 +130,9 @@ class SimDevice:
                 failed.append((i, message))
         ones = np.ones(len(tokens), np.int32)
         lines = tuple(logprobs)
-        return StepResult(plan.number, ints(tokens, (-1, 1)), ones, lines, tuple(prompts), tuple(failed))
+        # A prompt's name stands for its vector.
+        pooled = tuple(np.array([ends[i] % 2**24], np.float32) for i in plan.pool_index.tolist())
+        return StepResult(plan.number, ints(tokens, (-1, 1)), ones, lines, tuple(prompts), tuple(failed), pooled)
 
     def _prompt_logprobs(self, new: NewRow, row: int, start: int, names: list[int]) -> list[PromptLogprobs]:
         """Each position of a chunk gives those of the prompt token after it; some at a time, as the runner does."""

@@ -60,7 +60,7 @@ def command(system: str | None, url: str | None, api_key: str | None, messages: 
         params.output_kind = RequestOutputKind.DELTA
         engine = LLMEngine(config)
         if engine.tokenizer is None:
-            raise click.UsageError("a conversation needs a tokenizer: leave out --skip-tokenizer-init")
+            raise click.UsageError("a conversation needs a tokenizer: give one, or leave out --skip-tokenizer-init")
         try:
             converse(Conversation(engine, params, system), config.model.model, messages)
         finally:

@@ -166,6 +166,9 @@ def architecture_of(cfg: RawConfig) -> str:
     names = cfg.get("architectures")
     if isinstance(names, list | tuple) and names and isinstance(names[0], str):
         return names[0]
+    if isinstance(names, str):
+        text = f'config.json: architectures must be a list, ["{names}"]'
+        raise ClientError(text, parameter="hf_overrides", value=names)
     if name := CAUSAL_LM.get(str(cfg.get("model_type"))):
         return name
     raise ClientError(

@@ -42,7 +42,7 @@ FOREIGN: Mapping[str, str] = {
     "quantization_config": "quantization is not yet in quire; leave it out",
     "config_format": "checkpoints are read in Hugging Face's layout; leave it out",
     "hf_config_path": "put config.json beside the weights, or use hf_overrides",
-    "code_revision": "no model code is taken from the Hub; leave it out",
+    "code_revision": "a checkpoint's code is that of its revision; leave it out",
     "model_loader_extra_config": "the loaders have no options; leave it out",
     "ignore_patterns": "only the files of the chosen format are loaded; leave it out",
     "scheduler_cls": "the scheduler cannot be replaced; see scheduling_policy",

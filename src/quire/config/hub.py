@@ -15,6 +15,9 @@ from typing import Any, cast
 from quire.config.files import Stored
 from quire.config.schema import Config
 from quire.types.errors import ClientError
+from quire.utils.logging import get_logger
+
+log = get_logger(__name__)
 
 DEMO = "demo"
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[\w.-]+)?$")
@@ -33,26 +36,29 @@ def find_checkpoint(
     *,
     token: str | bool | None = None,
     weights: bool = True,
+    config: bool = True,
 ) -> Path:
     """The folder that holds `model`: "demo", a local folder (or a config.json, for dummy weights), or a Hub id.
 
-    `weights=False` fetches only the small files (configuration, tokenizer). Errors: `ClientError` that says what to
-    change where nothing is found.
+    `weights=False` fetches only the small files (configuration, tokenizer); `config=False`: config.json may be missing,
+    as it is beside a tokenizer alone. Errors: `ClientError` that says what to change where nothing is found.
     """
     if not model:
         raise ClientError('model is empty: give a folder, a Hub id such as "facebook/opt-125m", or "demo"', "model")
     if model == DEMO:
         return _local_folder(demo_model_path(), model)
     path = Path(model).expanduser()
+    if revision is not None and path.exists():
+        log.warning("revision=%r has no effect: %s is on this machine, not on the Hub", revision, path)
     if path.is_dir():
-        return _local_folder(path, model)
+        return _local_folder(path, model, config)
     if path.is_file() and path.suffix == ".json":
         return path
     if path.is_file():
         raise ClientError(f"model {model!r} is a file: give the folder that holds config.json", "model", model)
     if not _HUB_ID.match(model):
         raise ClientError(f"model folder {model!r} does not exist", "model", model)
-    return _fetch(model, revision, download_dir, token, weights)
+    return _fetch(model, revision, download_dir, token, weights, config)
 
 
 def is_local(model: str) -> bool:
@@ -76,21 +82,20 @@ def remote_tensors(model: str, revision: str | None, token: str | bool | None) -
 def tokenizer_folder(config: Config) -> Path:
     """The folder of a configuration's tokenizer, fetched if need be. Errors: `ClientError`."""
     model = config.model
-    folder = Path(model.tokenizer)
-    if folder.is_dir():
-        return folder
-    if model.tokenizer in (model.model, ""):
+    own = model.tokenizer in (model.model, "", str(model.path))
+    if own and (is_local(model.model) or model.tokenizer_revision in (None, config.load.revision)):
         return model.path
+    if not own and (folder := Path(model.tokenizer).expanduser()).is_dir():
+        return folder
+    name, revision, cache = model.model if own else model.tokenizer, model.tokenizer_revision, config.load.download_dir
     try:
-        return find_checkpoint(
-            model.tokenizer, model.tokenizer_revision, config.load.download_dir, token=model.hf_token, weights=False
-        )
+        return find_checkpoint(name, revision, cache, token=model.hf_token, weights=False, config=False)
     except ClientError as e:
-        raise ClientError(f"tokenizer={model.tokenizer!r}: {e}", "tokenizer", model.tokenizer) from e
+        raise ClientError(f"tokenizer={name!r}: {e}", "tokenizer", name) from e
 
 
-def _local_folder(path: Path, model: str) -> Path:
-    if not (path / "config.json").is_file():
+def _local_folder(path: Path, model: str, config: bool = True) -> Path:
+    if config and not (path / "config.json").is_file():
         raise ClientError(
             f"model folder {str(path)!r} has no config.json: give a folder in Hugging Face's checkpoint layout",
             parameter="model",
@@ -99,7 +104,9 @@ def _local_folder(path: Path, model: str) -> Path:
     return path
 
 
-def _fetch(model: str, revision: str | None, cache: str | None, token: str | bool | None, weights: bool) -> Path:
+def _fetch(
+    model: str, revision: str | None, cache: str | None, token: str | bool | None, weights: bool, config: bool
+) -> Path:
     """Download (or find in the cache) a Hub snapshot; .bin files only where there are no safetensors."""
     import huggingface_hub
     from huggingface_hub import errors
@@ -118,7 +125,7 @@ def _fetch(model: str, revision: str | None, cache: str | None, token: str | boo
             folder = snapshot("*.bin")
         if (folder / "modules.json").is_file():  # sentence-transformers': each module has a folder
             snapshot("*_Pooling/*", "*_Dense/*", ignored=None)
-        return _local_folder(folder, model)
+        return _local_folder(folder, model, config)
     except errors.GatedRepoError as e:
         message, cause = "is gated: accept its terms on the Hub and pass hf_token=... or set HF_TOKEN", e
     except errors.RevisionNotFoundError as e:

@@ -130,7 +130,9 @@ def _take_special(state: State, plan: Plan, result: StepResult, indices: list[in
         seq.tokens.append(int(result.tokens[i, 0]))
         state.counters.generation_tokens += 1
         if line is not None:
-            seq.logprobs = [line] if seq.logprobs is None else [*seq.logprobs, line]
+            if seq.logprobs is None:
+                seq.logprobs = []
+            seq.logprobs.append(line)
         known = len(seq.tokens)
         if known % state.kv.block_size == 0 and rows.computed[row] >= known:
             state.kv.publish(seq, known)

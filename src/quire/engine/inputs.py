@@ -16,7 +16,7 @@ import msgspec
 from quire.config.hub import tokenizer_folder
 from quire.config.pooling import PoolingConfig
 from quire.config.schema import Config
-from quire.engine.tokenizer import Tokenizer
+from quire.engine.tokenizer import NONE, Tokenizer
 from quire.parsers.reasoning import reasoning_parser
 from quire.runner.processors import processor_classes, validate
 from quire.structured.compiler import compiled, compiler
@@ -192,7 +192,7 @@ class InputProcessor:
         if not texts:
             return []
         if self._tokenizer is None:
-            raise ClientError("a text prompt needs a tokenizer, and skip_tokenizer_init=True: give token ids", "prompt")
+            raise ClientError(f"a text prompt needs a tokenizer, {NONE}: give token ids", "prompt")
         for text in texts:
             self.check_length(text)
         if len(texts) == 1:
@@ -287,7 +287,7 @@ class InputProcessor:
         self._check_vocab("logit_bias", list(params.logit_bias or ()))
         validate(self._processors, params)
         if params.stop and self._tokenizer is None:
-            text = "stop strings need a tokenizer, and skip_tokenizer_init=True: use stop_token_ids"
+            text = f"stop strings need a tokenizer, {NONE}: use stop_token_ids"
             raise ClientError(text, "stop", params.stop)
 
     def _constrain(
@@ -295,7 +295,7 @@ class InputProcessor:
     ) -> Future[Any]:
         """Compile the constraint, so that a bad one is refused here; the workers are given its text."""
         if self._tokenizer is None:
-            text = "structured_outputs need a tokenizer, and skip_tokenizer_init=True"
+            text = f"structured_outputs need a tokenizer, {NONE}"
             raise ClientError(text, "structured_outputs")
         config = self._config.structured
         if given.json is not None or given.json_object:
@@ -321,7 +321,7 @@ class InputProcessor:
         something before the same tokens. (vLLM also wants both to be equally long, and so lets " word" pass where it is
         one token and "word" is several.)"""
         if self._tokenizer is None:
-            raise ClientError("bad_words need a tokenizer, and skip_tokenizer_init=True", "bad_words", words)
+            raise ClientError(f"bad_words need a tokenizer, {NONE}", "bad_words", words)
         out: list[list[int]] = []
         for word in words:
             bare = self._tokenizer.encode(word.lstrip(), add_special_tokens=False)

@@ -15,7 +15,7 @@ from quire.engine.detokenizer import Detokenizer
 from quire.engine.inputs import Draft, InputProcessor, Params
 from quire.engine.outputs import Output, OutputProcessor
 from quire.engine.stat_logger import StatLogger
-from quire.engine.tokenizer import Tokenizer, load_tokenizer
+from quire.engine.tokenizer import NONE, Tokenizer, load_tokenizer
 from quire.types.errors import EngineError
 from quire.types.params import RequestOutputKind, SamplingParams
 from quire.types.prompts import PromptType
@@ -114,7 +114,7 @@ class LLMEngine:
     def get_tokenizer(self) -> Any:
         """The Transformers tokenizer of the model."""
         if self.tokenizer is None:
-            raise ValueError("there is no tokenizer: the engine was made with skip_tokenizer_init=True")
+            raise ValueError(f"a tokenizer is asked for, {NONE}")
         return self.tokenizer.transformers()
 
     def shutdown(self) -> None:

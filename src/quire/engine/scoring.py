@@ -13,7 +13,7 @@ import numpy as np
 
 from quire.config.schema import Config
 from quire.engine.chat import render_chat
-from quire.engine.tokenizer import Tokenizer
+from quire.engine.tokenizer import NONE, Tokenizer
 from quire.types.errors import ClientError
 from quire.types.outputs import PoolingOutput, PoolingRequestOutput
 from quire.types.pooling import CLASSIFY, EMBED, PoolingParams
@@ -49,7 +49,7 @@ class Plan:
             text = f"the model {config.model.model!r} generates text: to score with it, make the engine with"
             raise ClientError(f"{text} runner='pooling'", "runner")
         if tokenizer is None:
-            raise ClientError("scores need a tokenizer, and skip_tokenizer_init=True", "data_1")
+            raise ClientError(f"scores need a tokenizer, {NONE}", "data_1")
         self.add_special_tokens = True
         self._both = pooling.scores_pairs
         self._pairs = list(zip(a * len(b) if len(a) == 1 else a, b, strict=True))

@@ -16,8 +16,13 @@ from typing import Any, Protocol
 from quire.config.hub import tokenizer_folder
 from quire.config.schema import Config
 from quire.types.errors import ClientError
+from quire.utils.logging import get_logger
+from quire.utils.optional import available
+
+log = get_logger(__name__)
 
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+NONE = "and this engine has none (skip_tokenizer_init, or a checkpoint without one)"  # what needs one says so
 _MODES = ("auto", "hf", "slow")
 _LONG = 2_000  # characters; a batch, even of one text, is tokenized without Python's lock, so that others go on
 _FILES = ("tokenizer*", "vocab.*", "*.model", "*.tiktoken", "tekken.json")
@@ -181,9 +186,9 @@ class TransformersTokenizer:
 
 
 def load_tokenizer(config: Config) -> Tokenizer | None:
-    """The tokenizer of `config`, None where it is switched off.
+    """The tokenizer of `config`, None where it is switched off, or where the checkpoint has none and no other is named.
 
-    Raises ClientError where the folder holds none, or one that needs a library or a permission.
+    Raises ClientError where the folder that is named holds none, or one that needs a library or a permission.
     """
     model = config.model
     if model.skip_tokenizer_init:
@@ -191,7 +196,11 @@ def load_tokenizer(config: Config) -> Tokenizer | None:
     if model.tokenizer_mode not in _MODES:
         text = f"tokenizer_mode must be one of {', '.join(_MODES)}, got {model.tokenizer_mode!r}"
         raise ClientError(text, "tokenizer_mode", model.tokenizer_mode)
-    return load_folder(tokenizer_folder(config), model.tokenizer_mode, model.trust_remote_code)
+    folder = tokenizer_folder(config)
+    if folder == model.path and not _has_files(folder):
+        log.warning("%s has no tokenizer files: token ids in, token ids out; tokenizer=... names another", folder)
+        return None
+    return load_folder(folder, model.tokenizer_mode, model.trust_remote_code)
 
 
 def load_folder(folder: Path, mode: str = "auto", trust_remote_code: bool = False) -> Tokenizer:
@@ -210,7 +219,7 @@ def load_folder(folder: Path, mode: str = "auto", trust_remote_code: bool = Fals
         except Exception as e:  # the library raises bare Exception
             raise ClientError(f"{file} is not a readable tokenizer: {_line(e)}", "tokenizer", str(folder)) from e
         return FastTokenizer(backend, settings, hf)
-    if not any(next(folder.glob(pattern), None) for pattern in _FILES):
+    if not _has_files(folder):
         text = f"no tokenizer files in {folder}; give tokenizer=..., or skip_tokenizer_init=True and token ids"
         raise ClientError(text, "tokenizer", str(folder))
     slow = hf(mode != "slow")
@@ -222,14 +231,34 @@ def load_folder(folder: Path, mode: str = "auto", trust_remote_code: bool = Fals
     return FastTokenizer(backend, {**named, "chat_templates": templates}, lambda: slow)
 
 
+def _has_files(folder: Path) -> bool:
+    return any(next(folder.glob(pattern), None) for pattern in _FILES)
+
+
 def _load_transformers(folder: Path, use_fast: bool, trust_remote_code: bool) -> Any:
     from transformers import AutoTokenizer
 
     try:
         return AutoTokenizer.from_pretrained(str(folder), use_fast=use_fast, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, ImportError, KeyError, TypeError, AttributeError) as e:
+        if not trust_remote_code and "trust_remote_code" in str(e):
+            text = f"the tokenizer in {folder} has Python code of its own: say trust_remote_code=True if you trust it"
+            raise ClientError(f"{text}, or give another with tokenizer=...", "trust_remote_code", False) from e
+        absent = [name for name in ("sentencepiece", "google.protobuf") if not _installed(name)]
+        if absent and next(folder.glob("*.model"), None) and not (folder / "tokenizer.json").exists():
+            text = (
+                f"the tokenizer in {folder} is one of SentencePiece, without a tokenizer.json: to read it, pip install"
+            )
+            raise ClientError(f"{text} sentencepiece protobuf", "tokenizer", str(folder)) from e
         text = f"cannot load a tokenizer from {folder} ({_line(e)}); give tokenizer=..., or skip_tokenizer_init=True"
         raise ClientError(text, "tokenizer", str(folder)) from e
+
+
+def _installed(package: str) -> bool:
+    try:
+        return available(package)
+    except ModuleNotFoundError:  # the package that it would be in
+        return False
 
 
 def _settings(folder: Path) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 import time
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -139,6 +140,7 @@ class Graphs:
         self._logits: Tensor | None = None  # of steps that are not decodes, whatever their size
         packed_B2 = torch.zeros((rows, 2), dtype=torch.int32, device=device)
         self._out = Out.new(rows, device)._replace(packed_S2=packed_B2, last_X=table.last_R, length_X=table.length_R)
+        self._part = rows, self._out  # of the number of rows that was asked for last
         self._draws: dict[tuple[int, Kind], Captured] = {}
         self._ran = (0, 0)  # the size of the decode graph that ran last, and rows of the step
 
@@ -237,8 +239,8 @@ class Graphs:
         place[:] = -1
         place[plan.rows] = np.arange(len(plan.rows))
         for delta in plan.tables:
-            at = place[delta.rows]
-            if (at < 0).any() or len(np.unique(at)) != len(at):
+            at = place[delta.rows].tolist()
+            if at and (min(at) < 0 or len(set(at)) != len(at)):
                 return False
         return True
 
@@ -295,9 +297,14 @@ class Graphs:
         return out.tokens_S
 
     def _first(self, count: int) -> Out:
-        out = self._out
-        assert out.packed_S2 is not None
-        return out._replace(tokens_S=out.tokens_S[:count], top_S=out.top_S[:count], packed_S2=out.packed_S2[:count])
+        known, out = self._part
+        if known != count:
+            packed_S2 = self._out.packed_S2
+            assert packed_S2 is not None
+            tokens_S, top_S = self._out.tokens_S[:count], self._out.top_S[:count]
+            out = self._out._replace(tokens_S=tokens_S, top_S=top_S, packed_S2=packed_S2[:count])
+            self._part = count, out
+        return out
 
     # -- other steps -------------------------------------------------------------------------------------------------
 
@@ -445,7 +452,7 @@ def _decodes(plan: Plan) -> bool:
 
 def _above(sizes: Sequence[int], count: int) -> int:
     """The smallest of the rising `sizes` that is enough."""
-    return sizes[int(np.searchsorted(sizes, count))]
+    return sizes[bisect_left(sizes, count)]
 
 
 def _groups(tables: Sequence[Tensor], slots: Sequence[Tensor]) -> tuple[GroupMeta, ...]:

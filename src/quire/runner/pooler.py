@@ -42,6 +42,9 @@ class PooledStep:
     tensors: list[Tensor]
     event: torch.cuda.Event | None = None
 
+    def done(self) -> bool:
+        return self.event is None or self.event.query()
+
     def finish(self) -> tuple[Vectors, ...]:
         if self.event is not None:
             self.event.synchronize()

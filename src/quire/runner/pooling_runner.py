@@ -33,6 +33,9 @@ class PendingPooled:
     number: int
     pooled: PooledStep | None
 
+    def done(self) -> bool:
+        return self.pooled is None or self.pooled.done()
+
     def result(self) -> StepResult:
         done = () if self.pooled is None else self.pooled.finish()
         return StepResult(self.number, ints((), (0, 1)), ints(), pooled=done)

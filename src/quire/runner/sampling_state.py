@@ -51,6 +51,10 @@ class Needs(IntFlag):
     CHANGES = EDITS | ALLOWED | WORDS | PENALTIES | PROCESSORS | GRAMMAR
 
 
+_MORE = int(Needs.CHANGES | Needs.LOGPROBS)
+_TOP_P, _TRUNCATED, _NOISE = int(Needs.TOP_P), int(Needs.TOP_K | Needs.MIN_P), int(Needs.NOISE)
+
+
 def to_device(values: NDArray[np.generic], device: torch.device) -> Tensor:
     """A tensor of `values` on `device`, without waiting for the device."""
     tensor = torch.from_numpy(values)
@@ -283,16 +287,16 @@ class SamplingState:
 
     def drawn_only(self, rows: Ints) -> bool:
         """Whether a draw is all that is to be done with the logits of these rows."""
-        return not int(np.bitwise_or.reduce(self.needs[rows], initial=0)) & ~(Needs.DRAW | Needs.HISTORY)
+        return not int(np.bitwise_or.reduce(self.needs[rows], initial=0)) & _MORE
 
     def kind(self, rows: Ints) -> Kind:
         """What a draw of these rows takes."""
         union = int(np.bitwise_or.reduce(self.needs[rows], initial=0))
-        if union & Needs.TOP_P:
+        if union & _TOP_P:
             return Kind.TOP_P
-        if union & (Needs.TOP_K | Needs.MIN_P):
+        if union & _TRUNCATED:
             return Kind.TOP_K
-        return Kind.NOISE if union & Needs.NOISE else Kind.GREEDY
+        return Kind.NOISE if union & _NOISE else Kind.GREEDY
 
     def tail(self, rows: list[int], position_G: Tensor, prompt_length_G: Tensor, length: int) -> Tensor:
         """(G, length) the last drawn tokens before `position`, back to front, -2 where the output has not begun."""
