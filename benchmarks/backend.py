@@ -4,9 +4,9 @@
 
 Three engines, one after another in one process, on random weights: `native` (model_impl="quire"), `transformers`
 (model_impl="transformers", which finds that the code computes what quire's blocks do), and `code` (the same, without
-that: attention through the interface, quire's layers as leaves). Two workloads: `decode` (many short prompts, long
-answers) and `prefill` (long prompts, one token). Tokens are compared as well: greedy answers of the first two must be
-equal, since it is the same arithmetic on the same numbers.
+that: the model's own layers, with quire's attention and feed-forward blocks in them). Two workloads: `decode` (many
+short prompts, long answers) and `prefill` (long prompts, one token). Greedy answers are compared as well: those of the
+first two must be equal, since it is the same arithmetic on the same numbers.
 """
 
 from __future__ import annotations

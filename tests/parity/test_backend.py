@@ -285,7 +285,7 @@ def test_it_is_taken_where_no_native_class_exists(backend: Callable[[str], Path]
 def test_without_transformers_the_error_says_what_to_install(
     backend: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def absent(name: str, package: str) -> Any:
+    def absent(*name: Any) -> Any:
         raise ImportError("No module named 'transformers'")
 
     folder = backend("HeliumForCausalLM")

@@ -234,7 +234,9 @@ def test_local_classes_cannot_travel_and_say_so(
 
     registry = Registry()
     monkeypatch.setattr("quire.models.registry.ModelRegistry", registry)
-    config = config_of(make_checkpoint(architectures=["Mine"]))
+    config = config_of(make_checkpoint())
+    mine = dataclasses.replace(config.model.arch, architecture="Mine")
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, arch=mine))
     registry.register_model("Mine", Local)
     with pytest.raises(ClientError, match=r"class of Mine .* inside a function.*module.*entry point") as e:
         ProcessClient(config)

@@ -222,9 +222,9 @@ def _agrees(
         setattr(module, name, nn.Parameter(made, requires_grad=False))
     for module in body.modules():
         if isinstance(module, GivenRotary):
-            module.build(first + proof.TOKENS, CPU)
+            module.build(proof.TOKENS, CPU, first)
     trial.slot.step = proof.one_sequence(trial.arch, CPU, torch.float32, proof.TOKENS)
-    trial.slot.positions_T = positions_T
+    trial.slot.positions_T = positions_T - first  # where the angles of a position stand
     try:
         return proof.differ(theirs_TD, trial.run(tokens_T, positions_T)) < SAME
     finally:

@@ -58,13 +58,15 @@ class GivenRotary(Rotary):
         super().__init__(RopeParams(theta=0.0, rotary_dim=size, max_position=0))
         self._module = (module,)  # in a tuple: its buffers are not this module's
 
-    def build(self, length: int, device: torch.device) -> None:
-        self.table_2LF = angles(self._module[0], length, self.rope.rotary_dim // 2).to(device)
+    def build(self, length: int, device: torch.device, first: int = 0) -> None:
+        """Makes the table, from position `first` on."""
+        positions_L = torch.arange(first, first + length)
+        self.table_2LF = angles(self._module[0], positions_L, self.rope.rotary_dim // 2).to(device)
 
 
-def angles(module: Any, length: int, width: int) -> Tensor:
+def angles(module: Any, positions_L: Tensor, width: int) -> Tensor:
     """(2, L, F): cosines and sines, of which modules give each twice, as halves or as neighbours."""
-    cos_LE, sin_LE = (x[0].float() for x in module(torch.zeros((1, 1, 1)), torch.arange(length)[None]))
+    cos_LE, sin_LE = (x[0].float() for x in module(torch.zeros((1, 1, 1)), positions_L[None]))
     pairs = torch.equal(cos_LE[:, 0::2], cos_LE[:, 1::2]) and torch.equal(sin_LE[:, 0::2], sin_LE[:, 1::2])
     halves = torch.equal(cos_LE[:, :width], cos_LE[:, width:])
     if cos_LE.shape[1] != 2 * width or not (pairs or halves):
@@ -266,10 +268,10 @@ def _agree(
         setattr(module, name, nn.Parameter(made, requires_grad=False))
     for module in mine.modules():
         if isinstance(module, GivenRotary):
-            module.build(first + proof.TOKENS, CPU)
+            module.build(proof.TOKENS, CPU, first)
     tokens_T = torch.arange(proof.TOKENS) * 5 + 1
     positions_T = torch.arange(proof.TOKENS) + first
     with trial.attending("eager"):
         theirs_TD = trial.run(tokens_T, positions_T)
     step = proof.one_sequence(like.arch, CPU, torch.float32, proof.TOKENS)
-    return proof.differ(theirs_TD, mine(tokens_T, positions_T, step)) < SAME
+    return proof.differ(theirs_TD, mine(tokens_T, positions_T - first, step)) < SAME
