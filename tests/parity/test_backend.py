@@ -36,6 +36,7 @@ from quire.loading.mapped import mapped_bytes
 from quire.models import choice
 from quire.models.transformers import likeness as likeness_of
 from quire.models.transformers import model as backend_model
+from quire.models.transformers import proof
 from quire.models.transformers.fused import replace_gated
 from quire.models.transformers.hook import PagedAttention
 from quire.models.transformers.leaves import OwnEmbedding, OwnRMSNorm
@@ -468,3 +469,9 @@ def test_a_gated_block_is_known_by_what_it_computes(change: Callable[[Any], None
     assert isinstance(body.block, MLP) == (change is None)
     if change is None:
         assert body.block.kind in ("gelu_new", "gelu_pytorch_tanh")
+
+
+def test_numbers_that_are_none_are_no_match() -> None:
+    good, bad = torch.ones(2, 3), torch.full((2, 3), float("nan"))
+    assert proof.differ(good, bad) > max(backend_model.TOLERANCE.values())
+    assert proof.differ(good, good) == proof.differ(bad, bad) == 0.0

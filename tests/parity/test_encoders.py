@@ -168,6 +168,25 @@ def test_a_cosine(tmp_path: Path) -> None:
     assert found == pytest.approx(expected, abs=1e-4)
 
 
+def test_one_type_of_text_is_enough_for_a_pair(tmp_path: Path) -> None:
+    """XLM-R has one, whatever a tokenizer says of its tokens."""
+    folder, ids = make(tmp_path, "XLMRobertaModel", type_vocab_size=1), [5, 6, 7, 8]
+    with LLM(str(folder), **SETTINGS) as llm:
+        prompts: list[Any] = [{"prompt_token_ids": ids, "token_type_ids": types} for types in ([0] * 4, [0, 0, 1, 1])]
+        one, two = (o.outputs.embedding for o in llm.embed(prompts, use_tqdm=False))
+        for wrong in (5, [0, 0, "1", 1], [0, 0, 1]):
+            with pytest.raises(ClientError, match="token_type_ids must be") as caught:
+                llm.embed([{"prompt_token_ids": ids, "token_type_ids": wrong}])  # type: ignore[list-item]
+            assert caught.value.parameter == "token_type_ids"
+    assert one == pytest.approx(two, abs=1e-5)
+
+
+@pytest.mark.parametrize("entry", [{"logit_sigma": "wide"}, {"logit_mean": "low"}, {"logit_sigma": 0}])
+def test_odd_pooler_configs_are_refused(tmp_path: Path, entry: dict[str, Any]) -> None:
+    with pytest.raises(ClientError, match=f"pooler_config: {next(iter(entry))}"):
+        LLM(str(make(tmp_path, "BertForSequenceClassification")), pooler_config=entry, **SETTINGS)
+
+
 def test_other_heads_in_the_checkpoint(tmp_path: Path) -> None:
     folder, prompts = make(tmp_path, "BertForMaskedLM"), prompts_of()
     with LLM(str(folder), **SETTINGS) as llm:

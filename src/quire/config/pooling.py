@@ -370,9 +370,9 @@ def _changed(config: PoolingConfig, name: str, value: Any) -> PoolingConfig:
             return config if value else replace(config, activation="identity")
         case "dimensions" if isinstance(value, int) and value > 0:
             return replace(config, dimensions=value)
-        case "logit_mean" | "logit_bias":
+        case "logit_mean" | "logit_bias" if isinstance(value, int | float):
             return replace(config, mean=float(value))
-        case "logit_sigma" if float(value) != 0:
+        case "logit_sigma" if isinstance(value, int | float) and value:
             return replace(config, sigma=float(value))
         case "task" if value in TASKS:
             if value not in config.tasks:

@@ -382,7 +382,7 @@ def _second_segment(prompt: Any, length: int) -> int | None:
     types: Any = prompt.get("token_type_ids") if isinstance(prompt, Mapping) else None
     if types is None:
         return None
-    types = list(types)
+    types = _token_list(types, "token_type_ids")
     begin = types.index(1) if 1 in types else len(types)
     if len(types) != length or types != [0] * begin + [1] * (length - begin):
         text = "token_type_ids must be zeros and then ones, as many as there are tokens"
@@ -430,15 +430,17 @@ def _parse(prompt: Any) -> tuple[str | None, list[int] | None, str]:
     return text, None, salt
 
 
-def _token_list(value: Any) -> list[int]:
+def _token_list(value: Any, name: str = "prompt_token_ids") -> list[int]:
     """A list of ints from a list, tuple or one-dimensional array."""
     items = value.tolist() if hasattr(value, "tolist") else value
     if not isinstance(items, list | tuple):
+        if name != "prompt_token_ids":
+            raise ClientError(f"{name} must be a list of integers, got {type(value).__name__}", name, value)
         text = f"a prompt must be text, a list of token ids, or a dict, got {type(value).__name__}"
         raise ClientError(text, "prompt", value)
     if set(map(type, items)) <= {int}:
         return list(items)
     for item in items:
         if isinstance(item, bool) or not hasattr(item, "__index__"):
-            raise ClientError(f"token ids must be integers, got {item!r}", "prompt_token_ids", item)
+            raise ClientError(f"{name} must be integers, got {item!r}", name, item)
     return [int(i) for i in items]

@@ -123,6 +123,7 @@ class TransformersEncoder(SlotModule):
             text = f"{type(body).__name__} takes no position_ids: it counts positions itself, over all texts of a step"
             raise ClientError(text, "model", arch.architecture)
         self._types = "token_type_ids" in takes
+        self._last_type = max(0, int(getattr(hf, "type_vocab_size", None) or 1) - 1)
         self._first = first_position(made, hf)
         self._texts = _install(whole)
         replace_leaves(whole, {}, arch.vocab_size)
@@ -138,7 +139,7 @@ class TransformersEncoder(SlotModule):
     def encode(self, tokens_T: Tensor, positions_T: Tensor, lengths: Sequence[int], types_T: Tensor) -> Tensor:
         """Hidden states (T, D) of texts laid end to end. `types_T`: of a pair of texts, which one a token is of."""
         (body,) = self._body
-        kwargs = {"token_type_ids": types_T[None]} if self._types else {}
+        kwargs = {"token_type_ids": types_T.clamp(max=self._last_type)[None]} if self._types else {}
         self._texts.set(lengths, tokens_T.device)
         try:
             out = body(input_ids=tokens_T[None], position_ids=(positions_T + self._first)[None], **kwargs)

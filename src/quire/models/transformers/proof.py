@@ -281,8 +281,10 @@ def one_sequence(arch: ModelArch, device: torch.device, dtype: torch.dtype, bloc
 
 
 def differ(a_TD: Tensor, b_TD: Tensor) -> float:
-    """Mean distance, in the size of the numbers; 0 where they are not finite on either side (random weights)."""
+    """Mean distance of `b` from `a`, in their size; 0 where those of `a` are not finite (random weights)."""
     a, b = a_TD.float(), b_TD.float()
-    if not bool(torch.isfinite(a).all()) and not bool(torch.isfinite(b).all()):
+    if not bool(torch.isfinite(a).all()):
         return 0.0
+    if not bool(torch.isfinite(b).all()):  # what is no number is not above a tolerance either
+        return float("inf")
     return float((a - b).abs().mean() / a.abs().mean().clamp(min=1e-12))
