@@ -20,7 +20,7 @@ from quire.config.args import EngineArgs, human_int
 from quire.config.files import Stored
 from quire.config.resolve import resolve, stored_dtype
 from quire.config.schema import Config
-from quire.layers.groups import kv_groups
+from quire.models.bodies import body_architecture
 from quire.models.registry import ModelRegistry
 from quire.runner import estimate
 from quire.types.errors import ClientError
@@ -105,8 +105,9 @@ def report(kwargs: Mapping[str, Any], machine: Machine) -> Report:
 
 def _implementation(config: Config) -> Report:
     arch = config.model.arch.architecture
-    native = config.model.model_impl != "transformers"
-    return {"architecture": arch, "by": (ModelRegistry.origin(arch) if native else "transformers") or "nobody"}
+    native = config.model.model_impl == "quire"
+    by = ModelRegistry.origin(body_architecture(arch)) if native else "transformers"
+    return {"architecture": arch, "by": by or "nobody"}
 
 
 def _plan(config: Config) -> Report:
@@ -180,7 +181,7 @@ def _memory(config: Config, machine: Machine, tensors: list[Stored] | None) -> R
 
 
 def _kv_cache(config: Config) -> Report:
-    groups = kv_groups(config.model.arch, config.model.max_model_len)
+    groups = estimate.groups_of(config)
     return {
         "dtype": config.cache.kv_cache_dtype,
         "block_size": config.cache.block_size,
@@ -237,10 +238,12 @@ def _rows(found: Report) -> list[tuple[str, str]]:
         ("parameters", _count(parts["total"]) + (f": {by_part}" if by_part else "") + f" ({parts['source']})"),
         ("max_model_len", f"{plan['max_model_len']}: {plan['max_model_len_reason']}"),
         ("weights", weights),
-        ("KV cache", f"{estimate.size(memory['kv_bytes_per_token'])} a token in {kv['dtype']}; layers: {groups}"),
+        ("KV cache", f"{estimate.size(memory['kv_bytes_per_token'])} a token in {kv['dtype']}; layers: {groups}"
+                     if groups else "none: a text is computed at once"),
         ("memory", f"{memory['device']}: {estimate.size(memory['total_bytes'])}, about "
-                   f"{estimate.size(memory['kv_cache_bytes'])} left for the cache: {memory['sequences']} sequences of "
-                   f"{plan['max_model_len']} tokens ({estimate.size(memory['sequence_bytes'])} each)"),
+                   f"{estimate.size(memory['kv_cache_bytes'])} left" + (
+                       f" for the cache: {memory['sequences']} sequences of {plan['max_model_len']} tokens "
+                       f"({estimate.size(memory['sequence_bytes'])} each)" if groups else "")),
         ("tokenizer", _tokenizer_text(found["tokenizer"])),
         ("sampling", sampling or "plain defaults"),
     ]  # fmt: skip
