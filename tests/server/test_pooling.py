@@ -200,6 +200,35 @@ def test_classes(scorer: tuple[Server, Any], tokenizer: Any) -> None:
         assert item["label"] == "LABEL_0" and item["num_classes"] == 1
 
 
+def test_an_encoder_that_classifies_is_asked_without_a_task(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 64}
+    config = transformers.BertConfig(vocab_size=199, max_position_embeddings=64, num_labels=3, **sizes)
+    torch.manual_seed(0)
+    model = transformers.BertForSequenceClassification(config).eval()
+    model.save_pretrained(tmp_path)
+    server = Server(f"--model={tmp_path}", "--max-model-len=64", "--max-num-batched-tokens=64")
+    try:
+        done = server.post("/pooling", {"input": [5, 6, 7]})
+        assert done.status_code == 200, done.text
+        with torch.no_grad():
+            expected = model(torch.tensor([[5, 6, 7]])).logits[0].softmax(-1).tolist()
+        assert done.json()["data"][0]["data"] == pytest.approx(expected, **NEAR)
+    finally:
+        assert server.stop() == 0, "".join(server.log)
+
+
+def test_a_small_body_is_no_long_work(scorer: tuple[Server, Any]) -> None:
+    """Its first text stands in every pair."""
+    server, _ = scorer
+    body = {"text_1": "word " * 4000, "text_2": ["x"] * 1000}
+    assert len(json.dumps(body)) < 100_000
+    answer = server.post("/score", body)
+    error = answer.json()["error"]
+    assert answer.status_code == 400 and error["param"] == "data_2" and "20001000 characters" in error["message"]
+    few = server.post("/score", {**body, "text_2": ["x"] * 3, "truncate_prompt_tokens": -1})
+    assert few.status_code == 200 and few.json()["usage"]["prompt_tokens"] == 3 * 512, few.text
+
+
 @pytest.mark.parametrize(
     ("path", "fields", "param"),
     [

@@ -126,6 +126,8 @@ class FastTokenizer:
 
     def _bare(self, text: str) -> Any:
         try:
+            if len(text) > _LONG:
+                return self.backend.encode_batch([text], add_special_tokens=False)[0]
             return self.backend.encode(text, add_special_tokens=False)
         except TypeError as e:
             raise _no_text(e) from e

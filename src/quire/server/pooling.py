@@ -54,7 +54,8 @@ async def embeddings(served: Served, body: EmbeddingRequest, request: Request) -
 
 async def pooling(served: Served, body: PoolingRequest, request: Request) -> Response:
     tasks = _check(served, body.model, None)
-    task = body.task or next(task for task in (TOKEN_EMBED, TOKEN_CLASSIFY) if task in tasks)
+    each_token = (task for task in (TOKEN_EMBED, TOKEN_CLASSIFY) if task in tasks)
+    task = body.task or next(each_token, tasks[0])
     run, outputs = await _pool(served, body, body.params(task, body.dimensions), "pool", request)
     data = [
         {"index": i, "object": "pooling", "data": _written(output.outputs.data, body)}
@@ -162,6 +163,7 @@ async def _scores(
     kwargs = {**served.args.default_chat_template_kwargs, **(body.chat_template_kwargs or {})}
     if body.instruction is not None:
         kwargs["instruction"] = body.instruction
+    size = _size(served, texts_of(first, "data_1"), texts_of(second, "data_2"))
     plan = await served.engine.call(
         partial(
             ScorePlan,
@@ -174,13 +176,25 @@ async def _scores(
             (body.max_tokens_per_query, body.max_tokens_per_doc),
             kwargs,
         ),
-        sum(map(len, [*texts_of(first, "data_1"), *texts_of(second, "data_2")])),
+        size,
     )
     prompts = plan.prompts
     if body.cache_salt is not None:
         prompts = [_salted(prompt, body.cache_salt) for prompt in prompts]
     run, outputs = await _run(served, body, prompts, plan.params, plan.add_special_tokens, prefix, request)
     return run, plan.scores(outputs)
+
+
+def _size(served: Served, first: list[str], second: list[str]) -> int:
+    """Characters to tokenize. Raises `ClientError` where a text that is in each pair makes a small body much work."""
+    pooling = served.config.pooling
+    times = len(second) if len(first) == 1 and pooling is not None and pooling.scores_pairs else 1
+    size = times * sum(map(len, first)) + sum(map(len, second))
+    most = 2 * int(served.args.max_request_bytes)
+    if size > most:
+        text = f"the {len(second)} pairs, each with the first text, have {size} characters together, more than {most}"
+        raise ClientError(f"{text}: send fewer texts at a time, or a shorter first one", "data_2", len(second))
+    return size
 
 
 def _plain(given: Any) -> Any:
