@@ -34,6 +34,7 @@ from quire.layers.step import AttentionMeta, GroupMeta, Step
 from quire.loading import load_model
 from quire.loading.mapped import mapped_bytes
 from quire.models import choice
+from quire.models.transformers import describe
 from quire.models.transformers import likeness as likeness_of
 from quire.models.transformers import model as backend_model
 from quire.models.transformers import proof
@@ -475,3 +476,12 @@ def test_numbers_that_are_none_are_no_match() -> None:
     good, bad = torch.ones(2, 3), torch.full((2, 3), float("nan"))
     assert proof.differ(good, bad) > max(backend_model.TOLERANCE.values())
     assert proof.differ(good, good) == proof.differ(bad, bad) == 0.0
+
+
+@pytest.mark.parametrize("pools", [False, True])
+def test_an_old_transformers_is_refused(monkeypatch: pytest.MonkeyPatch, pools: bool) -> None:
+    monkeypatch.setattr(describe.transformers, "__version__", "5.16.3")
+    name, kind = ("BertModel", "bert") if pools else ("HeliumForCausalLM", "helium")
+    raw = {"architectures": [name], "model_type": kind}
+    with pytest.raises(ClientError, match=r"5\.16\.3 is too old .*'transformers>=5\.17'"):
+        choice.choose(raw, DATA, "auto", False, pools)

@@ -61,7 +61,7 @@ def _backend(module: str = ".describe") -> Any:
         return import_module(module, "quire.models.transformers")
     except ImportError as error:
         raise ClientError(
-            f"running it from Transformers' code needs the package transformers, version 5 ({error}): "
+            f"running it from Transformers' code needs the package transformers, version 5.17 ({error}): "
             "pip install 'quire[transformers]'",
             "model_impl",
             TRANSFORMERS,

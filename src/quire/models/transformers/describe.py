@@ -19,18 +19,11 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from quire.config.arch import ModelArch, architecture_of, token_ids
 from quire.types.errors import ClientError
 
-OLDEST = 5
+OLDEST = (5, 17)
 
 
 def describe(raw: Mapping[str, Any], folder: Path, trust_remote_code: bool) -> ModelArch:
     """The architecture of the decoder that `raw` (config.json, overrides included) describes."""
-    if int(transformers.__version__.split(".")[0]) < OLDEST:
-        raise ClientError(
-            f"transformers {transformers.__version__} is too old to run models from its code: "
-            "pip install 'transformers>=5'",
-            "model_impl",
-            "transformers",
-        )
     config = hf_config(raw, folder, trust_remote_code)
     model_class(config, raw, folder, trust_remote_code)
     return arch_of(config, raw)
@@ -62,6 +55,13 @@ def uses_own_code(raw: Mapping[str, Any], trust_remote_code: bool) -> bool:
 
 def hf_config(raw: Mapping[str, Any], folder: Path, trust_remote_code: bool) -> Any:
     """Transformers' configuration object of `raw`."""
+    if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < OLDEST:
+        raise ClientError(
+            f"transformers {transformers.__version__} is too old to run models from its code: "
+            f"pip install 'transformers>={'.'.join(map(str, OLDEST))}'",
+            "model_impl",
+            "transformers",
+        )
     own = uses_own_code(raw, trust_remote_code)
     try:
         if own and "AutoConfig" in raw["auto_map"]:
