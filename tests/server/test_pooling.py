@@ -248,8 +248,10 @@ def test_a_small_body_is_no_long_work(scorer: tuple[Server, Any]) -> None:
         ("/score", {"text_1": "x"}, "text_1"),
         ("/score", {"text_1": "x", "text_2": "y", "data_1": "x", "data_2": "y"}, "data_2"),
         ("/score", {"text_1": ["x", "y"], "text_2": ["x", "y", "z"]}, "data_2"),
-        ("/score", {"text_1": {"content": [{"type": "image_url"}]}, "text_2": "x"}, "data_1"),
+        ("/score", {"text_1": {"content": [{"type": "image_url"}]}, "text_2": "x"}, "text_1"),
         ("/rerank", {"query": "x", "documents": []}, "documents"),
+        ("/rerank", {"query": {"title": "x"}, "documents": ["y"]}, "query"),
+        ("/rerank", {"query": "x", "documents": [{"title": "y"}]}, "documents"),
         ("/classify", {"input": "x"}, "model"),
         ("/v1/completions", {"prompt": "x"}, "model"),
         ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}]}, "model"),
@@ -261,6 +263,13 @@ def test_refusals(embed: Server, path: str, fields: dict[str, Any], param: str) 
     error = answer.json()["error"]
     assert answer.status_code == 400 and error["param"] == param and error["type"] == "invalid_request_error", error
     assert "\n" not in error["message"]
+
+
+def test_a_limit_is_named_where_several_types_are_allowed(embed: Server) -> None:
+    many, negative = "input: List should have at most 2048 items", "input.0: Input should be"
+    for given, told in ((["x"] * 2049, many), ([-1], negative)):
+        error = embed.post("/v1/embeddings", {"input": given}).json()["error"]
+        assert error["message"].startswith(told) and error["param"] == "input", error
 
 
 def test_a_model_that_generates_embeds_nothing(server: Server) -> None:

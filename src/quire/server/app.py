@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from functools import partial
 from typing import Any
 
@@ -136,11 +136,11 @@ def _errors(app: FastAPI) -> None:
 
     async def invalid(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
-        first = error.errors()[0]
+        first = _telling(error.errors())
         if isinstance(error.body, bytes):
             text = "the body must be JSON and say so: send Content-Type: application/json"
             return await known(request, ApiError(400, text, "invalid_content_type"))
-        where = ".".join(str(part) for part in first["loc"] if part != "body")
+        where = ".".join(str(part) for part in first["loc"] if part != "body" and "[" not in str(part))
         text = f"{where}: {first['msg']}" if where else first["msg"]
         return await known(request, ApiError(400, text, "invalid_value", where.split(".")[0] or None))
 
@@ -332,3 +332,13 @@ def _operation(app: FastAPI, served: Served) -> None:
     async def stop_profile() -> protocol.Profile:
         """End the recording; answers where the trace is."""
         return await profile("stop_profile")
+
+
+_LIMITS = ("too_long", "too_short", "greater_than_equal", "less_than_equal")
+
+
+def _telling(errors: Sequence[Any]) -> Any:
+    """The error to tell: a value of one of several types has one for each, of which a limit says more than the types
+    that were not meant."""
+    same = [error for error in errors if error["loc"][:2] == errors[0]["loc"][:2]]
+    return next((error for error in same if error["type"] in _LIMITS), errors[0])

@@ -83,14 +83,14 @@ async def score(served: Served, body: ScoreRequest, request: Request) -> Respons
         text = "give pairs of texts, under one pair of names: " + ", ".join(f"{a} and {b}" for a, b in _PAIRS)
         raise ClientError(text, given[1][1] if given else "text_1")
     first, second = (_plain(getattr(body, name)) for name in given[0])
-    run, scores = await _scores(served, body, first, second, "score", request)
+    run, scores = await _scores(served, body, first, second, given[0], "score", request)
     data = [{"index": i, "object": "score", "score": value} for i, (_, value) in enumerate(scores)]
     return _answer(served, run, body.model, data)
 
 
 async def rerank(served: Served, body: RerankRequest, request: Request) -> Response:
     query, documents = _plain(body.query), _plain(body.documents)
-    run, scores = await _scores(served, body, query, documents, "rerank", request)
+    run, scores = await _scores(served, body, query, documents, ("query", "documents"), "rerank", request)
     texts = texts_of(documents, "documents")
     order = sorted(range(len(texts)), key=lambda i: -scores[i][1])[: body.top_n or None]
     results: list[dict[str, Any]] = [{"index": i, "relevance_score": scores[i][1]} for i in order]
@@ -157,13 +157,13 @@ async def _run(
 
 
 async def _scores(
-    served: Served, body: Scoring, first: Any, second: Any, prefix: str, request: Request
+    served: Served, body: Scoring, first: Any, second: Any, names: tuple[str, str], prefix: str, request: Request
 ) -> tuple[Run[Vector], list[tuple[Vector, float]]]:
     _check(served, body.model, None)
     kwargs = {**served.args.default_chat_template_kwargs, **(body.chat_template_kwargs or {})}
     if body.instruction is not None:
         kwargs["instruction"] = body.instruction
-    size = _size(served, texts_of(first, "data_1"), texts_of(second, "data_2"))
+    size = _size(served, texts_of(first, names[0]), texts_of(second, names[1]))
     plan = await served.engine.call(
         partial(
             ScorePlan,
