@@ -34,10 +34,9 @@ from quire.layers.step import AttentionMeta, GroupMeta, Step
 from quire.loading import load_model
 from quire.loading.mapped import mapped_bytes
 from quire.models import choice
-from quire.models.transformers import describe
+from quire.models.transformers import describe, proof
 from quire.models.transformers import likeness as likeness_of
 from quire.models.transformers import model as backend_model
-from quire.models.transformers import proof
 from quire.models.transformers.fused import replace_gated
 from quire.models.transformers.hook import PagedAttention
 from quire.models.transformers.leaves import OwnEmbedding, OwnRMSNorm
