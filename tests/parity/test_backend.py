@@ -411,8 +411,10 @@ def own_code(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_code_in_a_checkpoint_is_refused_unless_it_is_trusted(own_code: Path) -> None:
     for impl in ("auto", "transformers"):
-        with pytest.raises(ClientError, match="trust_remote_code=True"):
-            LLM(model=str(own_code), model_impl=impl, skip_tokenizer_init=True)
+        for runner in ("generate", "pooling"):
+            with pytest.raises(ClientError, match="trust_remote_code=True") as caught:
+                LLM(model=str(own_code), model_impl=impl, runner=runner, skip_tokenizer_init=True)
+            assert caught.value.parameter == "trust_remote_code" and "quire pools" not in str(caught.value)
 
 
 def test_code_in_a_checkpoint_runs_when_it_is_trusted(own_code: Path) -> None:

@@ -37,7 +37,7 @@ def choose(
         return _backend().describe(raw, folder, trust_remote_code), TRANSFORMERS
     except ClientError as error:
         name = architecture_of(raw)
-        raise ClientError(f"quire has no class of its own for {name}, and {error}", "model", name) from error
+        raise ClientError(f"quire has no class of its own for {name}, and {error}", error.parameter, error.value) from error
 
 
 def _choose_pooling(raw: dict[str, Any], folder: Path, impl: str, trust_remote_code: bool) -> tuple[ModelArch, str]:
@@ -48,6 +48,8 @@ def _choose_pooling(raw: dict[str, Any], folder: Path, impl: str, trust_remote_c
     try:
         return _backend(".encoders").describe(raw, folder, trust_remote_code), ENCODER
     except ClientError as error:
+        if error.parameter == "trust_remote_code":
+            raise
         raise ClientError(f"{error}; of decoders quire pools those that it has a class for", "model", name) from error
 
 
