@@ -36,8 +36,8 @@ def choose(
     try:
         return _backend().describe(raw, folder, trust_remote_code), TRANSFORMERS
     except ClientError as error:
-        name = architecture_of(raw)
-        raise ClientError(f"quire has no class of its own for {name}, and {error}", error.parameter, error.value) from error
+        text = f"quire has no class of its own for {architecture_of(raw)}, and {error}"
+        raise ClientError(text, error.parameter, error.value) from error
 
 
 def _choose_pooling(raw: dict[str, Any], folder: Path, impl: str, trust_remote_code: bool) -> tuple[ModelArch, str]:
