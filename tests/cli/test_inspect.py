@@ -224,17 +224,19 @@ def test_a_model_that_runs_from_transformers(tmp_path: Path) -> None:
     assert status == 1 and "GPTNeoXForCausalLM" in found["problems"][0]
 
 
-def test_models_that_pool(tmp_path: Path) -> None:
-    import transformers
+def test_an_encoder_keeps_nothing(tmp_path: Path) -> None:
+    from transformers import BertConfig, BertModel
 
-    sizes = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
-    transformers.BertModel(transformers.BertConfig(vocab_size=199, **sizes)).save_pretrained(tmp_path / "encoder")
-    found, status = inspect(str(tmp_path / "encoder"))
-    assert status == 0 and found["implementation"]["by"] == "transformers"
-    assert found["kv_cache"]["groups"] == [] and found["memory"]["kv_bytes_per_token"] == 0
-    text = CliRunner().invoke(cli, ["inspect", str(tmp_path / "encoder")]).output
-    assert "none: a text is computed at once" in text and "sequences" not in text
-    llama = transformers.LlamaConfig(vocab_size=199, num_key_value_heads=4, num_labels=2, **sizes)
-    transformers.LlamaForSequenceClassification(llama).save_pretrained(tmp_path / "decoder")
-    found, status = inspect(str(tmp_path / "decoder"))
-    assert status == 0 and found["implementation"]["by"] == "quire" and found["memory"]["kv_bytes_per_token"] > 0
+    size = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    BertModel(BertConfig(**size, intermediate_size=32, max_position_embeddings=40)).save_pretrained(tmp_path)
+    found, status = inspect(str(tmp_path), "--runner=pooling")
+    assert status == 0 and found["implementation"] == {"architecture": "BertModel", "by": "transformers"}
+    assert found["memory"]["kv_bytes_per_token"] == 0 and found["memory"]["sequences"] is None
+    assert found["kv_cache"]["groups"] == []
+    text = CliRunner().invoke(cli, ["inspect", str(tmp_path)]).output
+    assert "KV cache      none" in text and "sequences" not in text
+
+
+def test_a_body_of_quires_own_class(make_checkpoint: Make) -> None:
+    found, _ = inspect(str(make_checkpoint(architectures=["LlamaModel"])), "--load-format=dummy")
+    assert found["implementation"] == {"architecture": "LlamaModel", "by": "quire"}

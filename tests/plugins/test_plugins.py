@@ -261,7 +261,7 @@ def test_local_classes_cannot_travel_and_say_so(
     class Processor: ...
 
     with pytest.raises(ClientError, match=r"logits processor .* inside a function.*quire\.logits_processors"):
-        travelling(config_of(make_checkpoint(architectures=["Mine"]), logits_processors=[Processor]))
+        travelling(config_of(make_checkpoint(), logits_processors=[Processor]))
 
 
 SCRIPT = """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -73,6 +74,24 @@ def test_a_row_computes_its_prompt_in_chunks_and_goes_on_from_its_own_tokens() -
     assert got == expected
     assert rig.model.seen[-1] == ([expected[-2]], [10]), "where the host knew a bound, the device's length counts"
     assert rig.table.length_R[2] == 9 and rig.table.last_R[2] == expected[-1]
+
+
+def test_a_step_on_a_gpu_that_samples_nothing_is_waited_for_too() -> None:
+    """Else chunks of a prompt would seem to take no time, and be submitted all at once."""
+    rig, asked = Rig(), list[str]()
+    runner: Any = rig.runner
+    event: Any = Mock()
+    event.record.side_effect = lambda: asked.append(f"recorded behind {len(rig.model.seen)} steps")
+    event.query.side_effect = [False, True]
+    runner._event = lambda: event
+    chunk = make_plan([(2, 0, 3, [5, 9, 2], False)], new_rows=(new_row(2, [5, 9, 2, 7], offset=2),))
+    pending = rig.runner.submit(chunk)
+    assert asked == ["recorded behind 1 steps"]
+    assert [pending.done(), pending.done()] == [False, True]
+    assert pending.result().tokens.shape == (0, 1)
+    event.synchronize.assert_called_once_with()
+    sampling = rig.runner.submit(make_plan([(2, 3, 1, [7], False)], [(0, 2)], number=1))
+    assert sampling.end is None and sampling.result().tokens.shape == (1, 1), "the tokens' own event says when"
 
 
 def test_samples_of_a_prompt_draw_from_one_hidden_state_and_go_their_ways() -> None:

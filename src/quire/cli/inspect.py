@@ -21,6 +21,7 @@ from quire.config.files import Stored
 from quire.config.resolve import resolve, stored_dtype
 from quire.config.schema import Config
 from quire.models.bodies import body_architecture
+from quire.models.choice import QUIRE, TRANSFORMERS
 from quire.models.registry import ModelRegistry
 from quire.runner import estimate
 from quire.types.errors import ClientError
@@ -94,7 +95,7 @@ def report(kwargs: Mapping[str, Any], machine: Machine) -> Report:
     found["kv_cache"] = _kv_cache(config)
     found["tokenizer"] = _tokenizer(config)
     found["sampling"] = dict(config.model.generation_config)
-    if not found["memory"]["sequences"]:
+    if found["memory"]["sequences"] == 0:
         length = config.model.max_model_len
         found["problems"].append(
             f"memory does not suffice for one sequence of max_model_len={length} tokens: lower max_model_len, "
@@ -105,9 +106,9 @@ def report(kwargs: Mapping[str, Any], machine: Machine) -> Report:
 
 def _implementation(config: Config) -> Report:
     arch = config.model.arch.architecture
-    native = config.model.model_impl == "quire"
-    by = ModelRegistry.origin(body_architecture(arch)) if native else "transformers"
-    return {"architecture": arch, "by": by or "nobody"}
+    if config.model.model_impl != QUIRE:
+        return {"architecture": arch, "by": TRANSFORMERS}
+    return {"architecture": arch, "by": ModelRegistry.origin(body_architecture(arch)) or "nobody"}
 
 
 def _plan(config: Config) -> Report:
@@ -181,7 +182,7 @@ def _memory(config: Config, machine: Machine, tensors: list[Stored] | None) -> R
 
 
 def _kv_cache(config: Config) -> Report:
-    groups = estimate.groups_of(config)
+    groups = estimate.cached_groups(config)
     return {
         "dtype": config.cache.kv_cache_dtype,
         "block_size": config.cache.block_size,
@@ -228,6 +229,17 @@ def _rows(found: Report) -> list[tuple[str, str]]:
     by_part = ", ".join(f"{name} {_count(count)}" for name, count in parts["parts"].items())
     weights = "?" if memory["weights_bytes"] is None else estimate.size(memory["weights_bytes"])
     groups = ", ".join(_group(group) for group in kv["groups"])
+    cache = (
+        f"{estimate.size(memory['kv_bytes_per_token'])} a token in {kv['dtype']}; layers: {groups}"
+        if groups
+        else "none"
+    )
+    left = f"about {estimate.size(memory['kv_cache_bytes'])} left"
+    if groups:
+        left += (
+            f" for the cache: {memory['sequences']} sequences of {plan['max_model_len']} tokens "
+            f"({estimate.size(memory['sequence_bytes'])} each)"
+        )
     quantization = f", rounded to {plan['quantization']}" if plan["quantization"] else ""
     sampling = ", ".join(f"{name} {value}" for name, value in found["sampling"].items())
     return [
@@ -238,12 +250,8 @@ def _rows(found: Report) -> list[tuple[str, str]]:
         ("parameters", _count(parts["total"]) + (f": {by_part}" if by_part else "") + f" ({parts['source']})"),
         ("max_model_len", f"{plan['max_model_len']}: {plan['max_model_len_reason']}"),
         ("weights", weights),
-        ("KV cache", f"{estimate.size(memory['kv_bytes_per_token'])} a token in {kv['dtype']}; layers: {groups}"
-                     if groups else "none: a text is computed at once"),
-        ("memory", f"{memory['device']}: {estimate.size(memory['total_bytes'])}, about "
-                   f"{estimate.size(memory['kv_cache_bytes'])} left" + (
-                       f" for the cache: {memory['sequences']} sequences of {plan['max_model_len']} tokens "
-                       f"({estimate.size(memory['sequence_bytes'])} each)" if groups else "")),
+        ("KV cache", cache),
+        ("memory", f"{memory['device']}: {estimate.size(memory['total_bytes'])}, {left}"),
         ("tokenizer", _tokenizer_text(found["tokenizer"])),
         ("sampling", sampling or "plain defaults"),
     ]  # fmt: skip

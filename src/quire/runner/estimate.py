@@ -40,8 +40,8 @@ def part_of(name: str) -> str:
 @dataclass(frozen=True)
 class Memory:
     """Bytes, about. `weights`: None where nothing tells before they are loaded. `token`: KV cache of one token of a
-    sequence that no window bounds; `sequence`: of one of max_model_len tokens; `total`: of the device; `cache`: what is
-    left for the KV cache."""
+    sequence that no window bounds; `sequence`: of one of max_model_len tokens (both 0 for encoders, which keep none);
+    `total`: of the device; `cache`: what is left for the KV cache."""
 
     weights: int | None
     token: int
@@ -50,9 +50,9 @@ class Memory:
     cache: int
 
     @property
-    def sequences(self) -> int:
-        """How many sequences of max_model_len tokens fit at once; without a cache: whether one does."""
-        return max(0, self.cache) // self.sequence if self.sequence else int(self.cache > 0)
+    def sequences(self) -> int | None:
+        """How many sequences of max_model_len tokens fit at once; None where nothing is kept of them."""
+        return max(0, self.cache) // self.sequence if self.sequence else None
 
 
 def stored_tensors(config: Config) -> list[Stored] | None:
@@ -93,8 +93,8 @@ def weight_bytes(config: Config, tensors: Iterable[Stored]) -> int:
     return total
 
 
-def groups_of(config: Config) -> tuple[KVGroup, ...]:
-    """The groups of the KV cache; an encoder has none."""
+def cached_groups(config: Config) -> tuple[KVGroup, ...]:
+    """The layers whose keys and values are kept: none of an encoder's."""
     if config.pooling is not None and not config.pooling.causal:
         return ()
     return kv_groups(config.model.arch, config.model.max_model_len)
@@ -111,7 +111,7 @@ def page_bytes(config: Config, groups: tuple[KVGroup, ...]) -> int:
 def memory(config: Config, machine: Machine, weights: int | None) -> Memory:
     """What `weights` bytes leave on the device of `machine` that the configuration is for."""
     model, cache, arch = config.model, config.cache, config.model.arch
-    groups = groups_of(config)
+    groups = cached_groups(config)
     page = page_bytes(config, groups)
     longest = pages_needed(groups, model.max_model_len, config.scheduler.max_num_batched_tokens, cache.block_size)
     held = weights or 0
@@ -152,14 +152,14 @@ def describe(found: Memory, config: Config) -> str:
         "weights of a size unknown before loading" if found.weights is None else f"{size(found.weights)} of weights"
     )
     where = "memory" if config.device.device == "cpu" else "GPU memory"
-    begin = f"about {weights}"
-    left = f"of {size(found.total)} of {where} some {size(max(0, found.cache))} are left"
-    if not found.sequence:
-        return f"{begin}, and no KV cache; {left}"
+    if found.sequences is None:
+        left = f"of {size(found.total)} of {where} some {size(max(0, found.cache))} are left"
+        return f"about {weights} and no KV cache; {left}"
     fits = "no sequence" if not found.sequences else f"{found.sequences} sequence{'s' if found.sequences > 1 else ''}"
     return (
-        f"{begin}, {size(found.token)} of KV cache a token; {left} for the cache: {fits} of "
-        f"max_model_len={config.model.max_model_len} tokens ({size(found.sequence)}) at a time, shorter ones more"
+        f"about {weights}, {size(found.token)} of KV cache a token; of {size(found.total)} of {where} some "
+        f"{size(max(0, found.cache))} are left for the cache: {fits} of max_model_len={config.model.max_model_len} "
+        f"tokens ({size(found.sequence)}) at a time, shorter ones more"
     )
 
 

@@ -30,17 +30,22 @@ LOGITS_AT_ONCE = 256
 
 @dataclass(frozen=True, slots=True)
 class Pending:
-    """A step on its way. `result` waits for the device."""
+    """A step on its way. `result` waits for the device. `end`: of a step on a GPU that samples nothing."""
 
     number: int
     sampled: Sampled | None
     prompt_logprobs: tuple[PromptLogprobs, ...]
+    end: torch.cuda.Event | None = None
 
     def done(self) -> bool:
-        return self.sampled is None or self.sampled.done()
+        if self.sampled is None:
+            return self.end is None or self.end.query()
+        return self.sampled.done()
 
     def result(self) -> StepResult:
         if self.sampled is None:
+            if self.end is not None:
+                self.end.synchronize()
             return StepResult(self.number, ints((), (0, 1)), ints(), prompt_logprobs=self.prompt_logprobs)
         done = self.sampled.finish()
         return StepResult(self.number, done.tokens, done.accepted, done.logprobs, self.prompt_logprobs, done.failed)
@@ -67,6 +72,7 @@ class ModelRunner:
         self._upload = make_upload(device, depth)
         self._replay = replay
         self._draw_step = draw_step
+        self._event = torch.cuda.Event if device.type == "cuda" else None
         # A GPU reads logits as they come; a CPU's linear layers give float32 at no cost.
         self._logits = None if device.type == "cuda" else torch.float32
 
@@ -86,14 +92,24 @@ class ModelRunner:
             table.apply(plan, upload)
         self._store.move(plan)
         if not len(plan.rows):
-            return Pending(plan.number, None, ())
+            return self._pending(plan, None)
         if replayed:
-            return Pending(plan.number, self._sample_replayed(plan, self._replay.run(plan)), ())
+            return self._pending(plan, self._sample_replayed(plan, self._replay.run(plan)))
         batch = batches.build(plan, upload, table, self._store.layers)
         hidden_TD = self._model(batch.tokens_T, batch.step.positions_T, batch.step)
         table.length_R[batch.rows_R] = batch.lengths_R
         prompts = tuple(self._prompt_logprobs(plan, hidden_TD))
-        return Pending(plan.number, self._sample(plan, batch, hidden_TD), prompts)
+        return self._pending(plan, self._sample(plan, batch, hidden_TD), prompts)
+
+    def _pending(
+        self, plan: Plan, sampled: Sampled | None, prompt_logprobs: tuple[PromptLogprobs, ...] = ()
+    ) -> Pending:
+        """The engine paces chunks by what steps take: also those of which no token comes have an end."""
+        end = None
+        if sampled is None and self._event is not None:
+            end = self._event()
+            end.record()
+        return Pending(plan.number, sampled, prompt_logprobs, end)
 
     def _sample(self, plan: Plan, batch: Batch, hidden_TD: Tensor) -> Sampled | None:
         if not len(plan.sample_rows):

@@ -33,18 +33,20 @@ class CudaRecorder:
     def __call__(self, function: Callable[[], Tensor]) -> tuple[Captured, Tensor]:
         outside, graph = torch.cuda.current_stream(), torch.cuda.CUDAGraph()
         self._stream.wait_stream(outside)
-        with torch.cuda.stream(self._stream):
-            function()  # kernels are loaded, libraries make their workspaces
-            # threads that load kernels may ask the device what they like meanwhile
-            graph.capture_begin(self._pool, capture_error_mode="thread_local")
-            try:
-                out = function()
-            except BaseException:
-                with suppress(Exception):  # it says that the recording is broken, not why
-                    graph.capture_end()
-                raise
-            graph.capture_end()
-        outside.wait_stream(self._stream)
+        try:
+            with torch.cuda.stream(self._stream):
+                function()  # kernels are loaded, libraries make their workspaces
+                # threads that load kernels may ask the device what they like meanwhile
+                graph.capture_begin(self._pool, capture_error_mode="thread_local")
+                try:
+                    out = function()
+                except BaseException:
+                    with suppress(Exception):  # it says that the recording is broken, not why
+                        graph.capture_end()
+                    raise
+                graph.capture_end()
+        finally:  # what failed half-way may still write where the next step does
+            outside.wait_stream(self._stream)
         return graph, out
 
 

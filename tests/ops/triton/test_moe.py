@@ -9,6 +9,7 @@ from torch import Tensor
 from quire.ops import moe as reference
 from quire.ops.dispatch import Binder
 from quire.ops.triton import moe as kernels
+from quire.ops.triton.ahead import Ahead
 from quire.ops.triton.launch import INTERPRETED
 from quire.types.errors import ClientError
 
@@ -63,6 +64,21 @@ def test_no_tokens_and_what_are_no_numbers(device: torch.device) -> None:
     given[1][7] = torch.nan
     out = kernels.moe(*given, 2, True, "silu")
     assert out[7].isnan().all() and out[8:].isfinite().all()
+
+
+def test_nothing_is_looked_up_by_what_no_kernel_wrote(device: torch.device) -> None:
+    """Where kernels are compiled ahead, who chose which expert is whatever lay in memory: here the largest integer."""
+    given = inputs(100, 6, 64, 32, torch.float32, device)
+    ahead = Ahead(device)
+    torch.use_deterministic_algorithms(True, warn_only=True)  # fills what is not initialised
+    try:
+        with ahead:
+            assert kernels.moe(*given, 2, True, "silu").shape == (100, 64)
+    finally:
+        torch.use_deterministic_algorithms(False)
+        ahead.close()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def test_what_is_refused(device: torch.device) -> None:

@@ -76,12 +76,13 @@ def moe(
 
 
 def _sorted(experts_N: Tensor, experts: int, block: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Slots by expert; of each expert the count of blocks, and of slots, up to its end."""
-    order_N = experts_N.argsort(stable=True)
-    counts_E = torch.zeros(experts, dtype=torch.int64, device=experts_N.device)
-    counts_E.scatter_add_(0, experts_N.long(), torch.ones_like(experts_N, dtype=torch.int64))
-    ends_E = ((counts_E + block - 1) // block).cumsum(0)
-    return order_N, ends_E, counts_E.cumsum(0)
+    """Slots by expert; of each expert the count of blocks, and of slots, up to its end. Nothing is looked up by an
+    expert's number: where kernels are compiled and not launched (`ops.triton.ahead`), that may be anything."""
+    sorted_N, order_N = experts_N.sort(stable=True)
+    numbers_E = torch.arange(experts, dtype=torch.int32, device=experts_N.device)
+    totals_E = torch.searchsorted(sorted_N, numbers_E, right=True)
+    counts_E = totals_E.diff(prepend=totals_E.new_zeros(1))
+    return order_N, ((counts_E + block - 1) // block).cumsum(0), totals_E
 
 
 @Kernel
