@@ -21,6 +21,8 @@ from torch.nn import functional as F
 
 from quire import LLM, ClientError, PoolingParams
 from quire.config import PoolerConfig
+from quire.config.args import EngineArgs
+from quire.config.resolve import resolve
 from quire.layers.attention import Attention
 from quire.layers.step import Step
 
@@ -362,6 +364,34 @@ def test_sentence_transformers_files(checkpoint: Callable[..., Path], tmp_path: 
             llm.embed({"prompt_token_ids": [5] * 65})
         cut = llm.embed({"prompt_token_ids": [5] * 65}, truncate_prompt_tokens=-1, use_tqdm=False)
         assert cut[0].prompt_token_ids == [5] * 64
+
+
+def test_odd_files_are_refused_in_words(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for file in checkpoint("qwen3").iterdir():
+        (folder / file.name).symlink_to(file)
+    modules = [{"path": "1_Pooling", "type": "m.Pooling"}, {"path": "2_Dense", "type": "m.Dense"}]
+    good = {
+        "modules.json": modules,
+        "1_Pooling/config.json": {"pooling_mode_mean_tokens": True},
+        "2_Dense/config.json": {"in_features": 48, "out_features": 20},
+        "sentence_bert_config.json": {},
+    }
+    odd = {
+        "modules.json": [{}, {"path": "1_Pooling"}, ["Pooling"]],
+        "1_Pooling/config.json": [[], {"pooling_mode": 5}],
+        "2_Dense/config.json": [{"out_features": 20}, {"in_features": "many", "out_features": 20}],
+        "sentence_bert_config.json": [[64]],
+    }
+    cases = [(name, content) for name, contents in odd.items() for content in contents]
+    for name, content in cases:
+        for file, usual in good.items():
+            (folder / file).parent.mkdir(exist_ok=True)
+            (folder / file).write_text(json.dumps(content if file == name else usual))
+        with pytest.raises(ClientError) as refusal:
+            resolve(EngineArgs(model=str(folder), load_format="dummy"))
+        assert "\n" not in str(refusal.value), (name, content)
 
 
 def test_smaller_embeddings(checkpoint: Callable[..., Path]) -> None:

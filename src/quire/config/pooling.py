@@ -121,10 +121,16 @@ def pooling_of(
     """How the model in `path` pools, if it does. `encoder`: its tokens see those that follow. Errors: `ClientError`."""
     if kind is None:
         return None
-    if kind == EMBED:
-        config = _embedding(raw, path, "cls" if encoder else "last")
-    else:
-        config = _classification(raw, architecture, path, args.tokenizer)
+    try:
+        if kind == EMBED:
+            config = _embedding(raw, path, "cls" if encoder else "last")
+        else:
+            config = _classification(raw, architecture, path, args.tokenizer)
+    except (KeyError, TypeError, AttributeError, ValueError) as e:
+        if isinstance(e, ClientError):
+            raise
+        text = f"config.json, or what sentence-transformers keeps beside it, in {path} is not as these files are"
+        raise ClientError(f"{text} ({type(e).__name__}: {e})", "model", str(path)) from e
     if encoder:
         config = _for_encoder(config)
     config = _overridden(config, args.pooler_config or args.override_pooler_config)
@@ -207,7 +213,7 @@ def _modules(path: Path) -> list[tuple[str, Path]]:
     if not (path / "modules.json").is_file():
         return []
     found: list[tuple[str, Path]] = []
-    for module in cast(list[dict[str, Any]], _json(path / "modules.json")):
+    for module in cast(list[dict[str, Any]], _json(path / "modules.json", list)):
         kind = str(module.get("type", "")).rpartition(".")[2]
         if kind not in ("Transformer", "Pooling", "Normalize", "Dense", "Dropout"):
             text = f"modules.json of the checkpoint has a module {kind!r}, which is not in quire: Pooling, Dense and"
@@ -387,8 +393,11 @@ def _changed(config: PoolingConfig, name: str, value: Any) -> PoolingConfig:
             raise ClientError(f"{text} logit_mean, logit_sigma", "pooler_config", value)
 
 
-def _json(file: Path) -> Any:
+def _json(file: Path, kind: type = dict) -> Any:
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        found = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as e:
         raise ClientError(f"{file} cannot be read: {e}", "model", str(file)) from e
+    if not isinstance(found, kind):
+        raise ClientError(f"{file} holds no {'list' if kind is list else 'object'}", "model", str(file))
+    return found
